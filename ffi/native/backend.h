@@ -1,0 +1,103 @@
+// backend.h - streamed weights as a ggml backend device.
+//
+// Owns what llama.cpp sees of streaming: an ACCEL device with a buffer type that is not host memory. The plan names
+// the tensors that go there; llama.cpp's loader finds nothing to read for them, their addresses are reserved and
+// inaccessible, and the scheduler hands us exactly the matrix products that use them. For each we acquire the
+// strides it names, make shallow copies of the node whose weight is the pool, and let a delegate backend compute.
+// Knows nothing of models, layers or names beyond the plan's list; chooses nothing. The only file of ours that may
+// include ggml's internal headers is backend.cpp.
+#pragma once
+
+#include "stream.h"
+
+#include "ggml-backend.h"
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace hypura {
+
+// A tensor that streams: strides first_stride .. first_stride + stride_count - 1 of the stream plan, in the order of
+// its last used dimension (one expert each, or the whole tensor as one).
+struct StreamedTensor {
+    std::string name;
+    uint32_t first_stride = 0;
+    uint32_t stride_count = 0;
+};
+
+struct StreamingSpec {
+    StreamPlan stream;
+    std::vector<StreamedTensor> tensors;
+    bool huge_pages = false;
+    uint32_t touch_threads = 0;
+    uint32_t ubatch_tokens = 0; // no pass over a streamed op has more
+    // Work memory of one product over several slots grows with (slots spanned) x (token, expert) pairs; above this
+    // many bytes the experts are computed one by one.
+    uint64_t span_work_bytes = 0;
+};
+
+// What computes. The pool lies in `pool_buffer_type`, which is the delegate's own.
+class DelegateFactory {
+public:
+    virtual ~DelegateFactory() = default;
+    virtual ggml_backend_t create() = 0; // a backend of its own for each context
+    virtual ggml_backend_buffer_type_t pool_buffer_type() = 0;
+    // Where activations of streamed ops live; the device's default buffer type.
+    virtual ggml_backend_buffer_type_t activation_buffer_type() = 0;
+    // The delegate's device: asked whether it can run what stands between two streamed products.
+    virtual ggml_backend_dev_t device() = 0;
+    virtual void set_threads(ggml_backend_t backend, int thread_count) = 0;
+};
+
+// llama.cpp's CPU backend, on a thread pool that the engine owns and llama.cpp shares.
+std::unique_ptr<DelegateFactory> make_cpu_delegate(struct ggml_threadpool * threads);
+
+// The same kernels behind buffers that say they are not host memory and refuse direct access: proves, in tests, that
+// a GPU delegate needs no other path.
+std::unique_ptr<DelegateFactory> make_opaque_delegate(struct ggml_threadpool * threads);
+
+// Counts of the backend itself; the stream has its own.
+struct BackendCounters {
+    uint64_t pass_count = 0;
+    uint64_t op_count = 0;          // streamed products computed
+    uint64_t delegate_calls = 0;    // graphs handed to the delegate
+    uint64_t wave_count = 0;        // begins beyond the first of an op
+    uint64_t expert_product_count = 0; // experts computed on their own
+    uint64_t loader_bytes = 0;      // bytes that llama.cpp tried to load into a streamed tensor; always 0
+};
+
+class StreamDevice {
+public:
+    // Opens the pool and the stream and registers the device with ggml. Null and a sentence in `error` when that
+    // fails. Registration is not thread safe in ggml: the caller serialises opening, loading and destruction of
+    // engines. `delegate` and what it uses outlive the device.
+    static std::unique_ptr<StreamDevice> open(StreamingSpec spec, DelegateFactory & delegate, std::string * error);
+
+    // Unregisters. No model or context that saw the device may be alive.
+    ~StreamDevice();
+    StreamDevice(const StreamDevice &) = delete;
+    StreamDevice & operator=(const StreamDevice &) = delete;
+
+    // For llama_model_params::tensor_buft_overrides: regular expressions that match the streamed names and no other.
+    const std::vector<std::string> & name_patterns() const;
+    ggml_backend_buffer_type_t buffer_type();
+
+    Stream & stream();
+    uint64_t pool_bytes() const;
+    BackendCounters counters() const;
+
+    // While on, passes end with GGML_STATUS_FAILED at the next stride. From any thread.
+    void interrupt(bool on);
+    // The sentence of the error that ended the last failed pass; empty when none did.
+    std::string last_error();
+
+    struct Impl;
+
+private:
+    explicit StreamDevice(std::unique_ptr<Impl> impl);
+    std::unique_ptr<Impl> impl_;
+};
+
+} // namespace hypura

@@ -1,0 +1,126 @@
+#include "events.h"
+
+#include <cerrno>
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+namespace hypura {
+
+EventPair make_event_pair() {
+    int fds[2];
+#if defined(SOCK_CLOEXEC)
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) != 0) {
+        return {};
+    }
+#else
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) != 0) {
+        return {};
+    }
+    fcntl(fds[0], F_SETFD, FD_CLOEXEC);
+    fcntl(fds[1], F_SETFD, FD_CLOEXEC);
+#endif
+#if defined(SO_NOSIGPIPE)
+    const int on = 1;
+    setsockopt(fds[0], SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof(on));
+#endif
+    return {fds[0], fds[1]};
+}
+
+EventWriter::~EventWriter() {
+    close(fd_);
+}
+
+bool EventWriter::line(std::string_view json) {
+    // One buffer, one send: a line that fits the socket buffer is one system call and one wake-up of the reader.
+    std::string whole;
+    whole.reserve(json.size() + 1);
+    whole.append(json);
+    whole.push_back('\n');
+    std::lock_guard<std::mutex> lock(write_mutex_);
+    return write_all(whole.data(), whole.size());
+}
+
+bool EventWriter::write_all(const char * data, size_t size) {
+#if defined(MSG_NOSIGNAL)
+    const int flags = MSG_NOSIGNAL;
+#else
+    const int flags = 0; // SO_NOSIGPIPE is set on the socket
+#endif
+    while (size > 0 && !gone_) {
+        const ssize_t sent = send(fd_, data, size, flags);
+        if (sent < 0 && errno == EINTR) {
+            continue;
+        }
+        if (sent <= 0) {
+            gone_ = true; // EPIPE or ECONNRESET: the reader left; nothing else can happen to a local stream socket
+            break;
+        }
+        data += sent;
+        size -= static_cast<size_t>(sent);
+    }
+    return !gone_;
+}
+
+bool EventWriter::peer_gone() {
+    // The other side never writes, so anything to read is its end of file. No lock: a blocked writer must not block
+    // the question, and write_all finds out for itself.
+    pollfd p{};
+    p.fd = fd_;
+    p.events = POLLIN;
+    return poll(&p, 1, 0) > 0 && (p.revents & (POLLIN | POLLHUP | POLLERR)) != 0;
+}
+
+void EventWriter::shut() {
+    shutdown(fd_, SHUT_RDWR);
+}
+
+namespace {
+
+// Length of the UTF-8 sequence at text[i], or 0 where there is none.
+size_t utf8_sequence(std::string_view text, size_t i) {
+    const auto byte = [&](size_t k) { return static_cast<unsigned char>(text[k]); };
+    const unsigned char lead = byte(i);
+    const size_t n = lead < 0x80 ? 1 : lead >= 0xC2 && lead < 0xE0 ? 2 : lead >= 0xE0 && lead < 0xF0 ? 3
+                   : lead >= 0xF0 && lead < 0xF5 ? 4 : 0;
+    if (n == 0 || i + n > text.size()) {
+        return 0;
+    }
+    for (size_t k = 1; k < n; ++k) {
+        if ((byte(i + k) & 0xC0) != 0x80) {
+            return 0;
+        }
+    }
+    const bool overlong = (lead == 0xE0 && byte(i + 1) < 0xA0) || (lead == 0xF0 && byte(i + 1) < 0x90);
+    const bool outside = (lead == 0xED && byte(i + 1) >= 0xA0) || (lead == 0xF4 && byte(i + 1) >= 0x90);
+    return overlong || outside ? 0 : n;
+}
+
+} // namespace
+
+std::string json_string(std::string_view text) {
+    static const char hex[] = "0123456789abcdef";
+    std::string out = "\"";
+    for (size_t i = 0; i < text.size();) {
+        const auto c = static_cast<unsigned char>(text[i]);
+        const size_t n = utf8_sequence(text, i);
+        if (c == '"' || c == '\\') {
+            out.push_back('\\');
+            out.push_back(static_cast<char>(c));
+        } else if (c < 0x20) {
+            out.append("\\u00");
+            out.push_back(hex[c >> 4]);
+            out.push_back(hex[c & 15]);
+        } else if (n == 0) {
+            out.append("\xEF\xBF\xBD");
+        } else {
+            out.append(text.substr(i, n));
+        }
+        i += n == 0 ? 1 : n;
+    }
+    out.push_back('"');
+    return out;
+}
+
+} // namespace hypura

@@ -1,0 +1,144 @@
+// The seam to the operating system: direct file access, big anonymous memory, kernel counters, monotonic time, threads
+// and locks. It owns no state and must not know what is read or why. It exists so that reader and stream are the same
+// code on Linux and Darwin; platform_linux.cpp and platform_darwin.cpp implement it, the build takes one of them.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+
+// Clang's thread-safety analysis (-Wthread-safety); empty for other compilers.
+#if defined(__clang__)
+#define HY_ATTRIBUTE(x) __attribute__((x))
+#else
+#define HY_ATTRIBUTE(x)
+#endif
+#define HY_GUARDED_BY(mutex) HY_ATTRIBUTE(guarded_by(mutex))
+#define HY_REQUIRES(mutex) HY_ATTRIBUTE(requires_capability(mutex))
+#define HY_EXCLUDES(mutex) HY_ATTRIBUTE(locks_excluded(mutex))
+
+// A programmer's error: aborts with file and line. On in release.
+#define HY_CHECK(condition)                                                                                            \
+    do {                                                                                                               \
+        if (__builtin_expect(!(condition), 0)) {                                                                       \
+            ::hypura::platform::fatal({__FILE__, #condition}, __LINE__);                                               \
+        }                                                                                                              \
+    } while (0)
+
+namespace hypura {
+
+// A run of elements. Arrays never travel as a pointer beside a number.
+template <typename T> struct Span {
+    T* data = nullptr;
+    uint32_t count = 0;
+
+    T& operator[](uint32_t i) const { return data[i]; }
+    T* begin() const { return data; }
+    T* end() const { return data + count; }
+};
+
+class HY_ATTRIBUTE(capability("mutex")) Mutex {
+public:
+    void lock() HY_ATTRIBUTE(acquire_capability()) { mutex_.lock(); }
+    void unlock() HY_ATTRIBUTE(release_capability()) { mutex_.unlock(); }
+
+private:
+    friend class CondVar;
+    std::mutex mutex_;
+};
+
+class HY_ATTRIBUTE(scoped_lockable) MutexLock {
+public:
+    explicit MutexLock(Mutex& mutex) HY_ATTRIBUTE(acquire_capability(mutex)) : mutex_(mutex) { mutex_.lock(); }
+    ~MutexLock() HY_ATTRIBUTE(release_capability()) { mutex_.unlock(); }
+    MutexLock(const MutexLock&) = delete;
+    MutexLock& operator=(const MutexLock&) = delete;
+
+private:
+    Mutex& mutex_;
+};
+
+class CondVar {
+public:
+    // May return without a notification: the caller waits in a loop over its own condition.
+    void wait(Mutex& mutex) HY_REQUIRES(mutex) {
+        std::unique_lock<std::mutex> held(mutex.mutex_, std::adopt_lock);
+        cond_.wait(held);
+        held.release();
+    }
+    void notify_one() { cond_.notify_one(); }
+    void notify_all() { cond_.notify_all(); }
+
+private:
+    std::condition_variable cond_;
+};
+
+namespace platform {
+
+struct Site {
+    const char* file;
+    const char* text;
+};
+[[noreturn]] void fatal(Site site, int line);
+
+// Direct reads need memory, offset and length at multiples of the logical block; 4096 is the largest block size that
+// disks report today and the page size that the page cache works in. A file system that wants more says EINVAL.
+constexpr uint64_t kDirectAlign = 4096;
+
+enum class Access : uint8_t { kBuffered, kDirect };
+
+// >= 0: a descriptor, read only, close-on-exec. < 0: -errno (direct access that the file system has not is -EINVAL).
+int open_read(const char* path, Access access);
+void close_file(int descriptor);
+
+// Bytes read, 0 at the end of the file, or -errno. One system call.
+int64_t read_at(int descriptor, uint64_t offset, Span<std::byte> into);
+
+// What tells a file from another one and from its own later contents.
+struct FileIdentity {
+    uint64_t bytes;
+    uint64_t inode;
+    int64_t modified_ns;
+};
+// 0 or -errno.
+int identify(int descriptor, FileIdentity* identity);
+
+struct FileRange {
+    uint64_t offset;
+    uint64_t bytes;
+};
+// Hints: failure changes speed only. drop_cached throws clean pages of the range (0 bytes: to the end) out of the
+// page cache, where the system can do that for a file.
+void drop_cached(int descriptor, FileRange range);
+void read_ahead(int descriptor, FileRange range);
+
+enum class PageKind : uint8_t { kBase, kHuge };
+
+struct Memory {
+    std::byte* data = nullptr; // aligned to 2 MiB for kHuge, to a page else
+    uint64_t bytes = 0;        // what was mapped, for unmap_memory
+    bool huge = false;         // the system took the huge-page advice
+};
+// Zeroed private memory; data is null when the system has not that much.
+Memory map_memory(uint64_t bytes, PageKind kind);
+// Addresses without memory: any access faults.
+Memory reserve_addresses(uint64_t bytes);
+void unmap_memory(Memory* memory);
+// Makes every page of fresh memory present, so that no read ever waits for the kernel to zero one.
+void touch_memory(std::byte* data, uint64_t bytes);
+
+// The kernel's own account of this process: bytes fetched from and sent to storage.
+struct StorageCounters {
+    uint64_t read_bytes;
+    uint64_t written_bytes;
+};
+// False where the system does not tell.
+bool storage_counters(StorageCounters* counters);
+
+uint64_t now_ns(); // monotonic
+void sleep_ns(uint64_t duration_ns);
+void name_thread(const char* name); // the calling thread; at most 15 characters are kept
+
+} // namespace platform
+} // namespace hypura

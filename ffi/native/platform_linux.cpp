@@ -1,0 +1,180 @@
+// platform.h on Linux: O_DIRECT, transparent huge pages, /proc/self/io.
+#include "platform.h"
+
+#include <cerrno>
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE // Linux 5.14; older headers lack the name, older kernels answer EINVAL
+#define MADV_POPULATE_WRITE 23
+#endif
+
+namespace hypura::platform {
+namespace {
+
+// PMD size on x86-64 and on arm64 with 4 KiB pages.
+constexpr uint64_t kHugePageBytes = 2ull << 20;
+
+uint64_t page_bytes() {
+    return static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+}
+
+uint64_t round_up(uint64_t value, uint64_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+std::byte* map_anonymous(uint64_t bytes, int protection) {
+    void* at = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return at == MAP_FAILED ? nullptr : static_cast<std::byte*>(at);
+}
+
+} // namespace
+
+void fatal(Site site, int line) {
+    char text[512];
+    int length = snprintf(text, sizeof text, "%s:%d: check failed: %s\n", site.file, line, site.text);
+    if (length > 0) {
+        size_t n = static_cast<size_t>(length) < sizeof text ? static_cast<size_t>(length) : sizeof text - 1;
+        ssize_t written = write(STDERR_FILENO, text, n);
+        static_cast<void>(written);
+    }
+    abort();
+}
+
+int open_read(const char* path, Access access) {
+    int flags = O_RDONLY | O_CLOEXEC | (access == Access::kDirect ? O_DIRECT : 0);
+    int descriptor;
+    do {
+        descriptor = open(path, flags);
+    } while (descriptor < 0 && errno == EINTR);
+    return descriptor < 0 ? -errno : descriptor;
+}
+
+void close_file(int descriptor) {
+    if (descriptor >= 0) {
+        close(descriptor);
+    }
+}
+
+int64_t read_at(int descriptor, uint64_t offset, Span<std::byte> into) {
+    ssize_t n = pread(descriptor, into.data, into.count, static_cast<off_t>(offset));
+    return n < 0 ? -static_cast<int64_t>(errno) : n;
+}
+
+int identify(int descriptor, FileIdentity* identity) {
+    struct stat st;
+    if (fstat(descriptor, &st) != 0) {
+        return -errno;
+    }
+    identity->bytes = static_cast<uint64_t>(st.st_size);
+    identity->inode = static_cast<uint64_t>(st.st_ino);
+    identity->modified_ns = static_cast<int64_t>(st.st_mtim.tv_sec) * 1000000000 + st.st_mtim.tv_nsec;
+    return 0;
+}
+
+void drop_cached(int descriptor, FileRange range) {
+    posix_fadvise(descriptor, static_cast<off_t>(range.offset), static_cast<off_t>(range.bytes), POSIX_FADV_DONTNEED);
+}
+
+void read_ahead(int descriptor, FileRange range) {
+    posix_fadvise(descriptor, static_cast<off_t>(range.offset), static_cast<off_t>(range.bytes), POSIX_FADV_WILLNEED);
+}
+
+Memory map_memory(uint64_t bytes, PageKind kind) {
+    Memory memory;
+    if (bytes == 0) {
+        return memory;
+    }
+    uint64_t unit = kind == PageKind::kHuge ? kHugePageBytes : page_bytes();
+    uint64_t size = round_up(bytes, unit);
+    uint64_t slack = kind == PageKind::kHuge ? kHugePageBytes : 0;
+    std::byte* at = map_anonymous(size + slack, PROT_READ | PROT_WRITE);
+    if (at == nullptr) {
+        return memory;
+    }
+    uint64_t address = reinterpret_cast<uint64_t>(at);
+    uint64_t head = round_up(address, unit) - address;
+    if (head > 0) {
+        munmap(at, head);
+    }
+    if (slack > head) {
+        munmap(at + head + size, slack - head);
+    }
+    memory.data = at + head;
+    memory.bytes = size;
+    memory.huge = kind == PageKind::kHuge && madvise(memory.data, size, MADV_HUGEPAGE) == 0;
+    return memory;
+}
+
+Memory reserve_addresses(uint64_t bytes) {
+    Memory memory;
+    uint64_t size = round_up(bytes, page_bytes());
+    memory.data = size == 0 ? nullptr : map_anonymous(size, PROT_NONE);
+    memory.bytes = memory.data == nullptr ? 0 : size;
+    return memory;
+}
+
+void unmap_memory(Memory* memory) {
+    if (memory->data != nullptr) {
+        munmap(memory->data, memory->bytes);
+    }
+    *memory = Memory{};
+}
+
+void touch_memory(std::byte* data, uint64_t bytes) {
+    if (bytes == 0 || madvise(data, bytes, MADV_POPULATE_WRITE) == 0) {
+        return;
+    }
+    volatile std::byte* at = data;
+    for (uint64_t i = 0; i < bytes; i += page_bytes()) {
+        at[i] = std::byte{0};
+    }
+}
+
+bool storage_counters(StorageCounters* counters) {
+    int descriptor = open_read("/proc/self/io", Access::kBuffered);
+    if (descriptor < 0) {
+        return false;
+    }
+    char text[1024];
+    ssize_t n = read(descriptor, text, sizeof text - 1);
+    close_file(descriptor);
+    if (n <= 0) {
+        return false;
+    }
+    text[n] = 0;
+    // "\n" keeps cancelled_write_bytes out.
+    const char* reads = strstr(text, "\nread_bytes: ");
+    const char* writes = strstr(text, "\nwrite_bytes: ");
+    return reads != nullptr && writes != nullptr &&
+           sscanf(reads, "\nread_bytes: %" SCNu64, &counters->read_bytes) == 1 &&
+           sscanf(writes, "\nwrite_bytes: %" SCNu64, &counters->written_bytes) == 1;
+}
+
+uint64_t now_ns() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<uint64_t>(t.tv_sec) * 1000000000u + static_cast<uint64_t>(t.tv_nsec);
+}
+
+void sleep_ns(uint64_t duration_ns) {
+    timespec left{static_cast<time_t>(duration_ns / 1000000000u), static_cast<long>(duration_ns % 1000000000u)};
+    while (nanosleep(&left, &left) != 0 && errno == EINTR) {
+    }
+}
+
+void name_thread(const char* name) {
+    char kept[16];
+    snprintf(kept, sizeof kept, "%s", name);
+    pthread_setname_np(pthread_self(), kept);
+}
+
+} // namespace hypura::platform

@@ -1,0 +1,287 @@
+// Bytes from files to slots. It owns the file table, the queue of read jobs, the reader threads and their bounce
+// buffers; it must not know what a stride means, when a slot is free, or who waits. It exists so that everything that
+// touches the disk (direct reads, alignment, short reads, retries, errors) is in one place behind two seams:
+// ReadSource (where bytes come from; tests inject faults there) and PoolMemory (where they go; not always host memory).
+//
+// There is no lock here. ReadQueue is a plain structure that its owner guards; threads take pieces from and give them
+// back to a PieceWork, which is the owner. So the data plane has one mutex, and the stream has it.
+//
+// No bounce copy: a direct read takes the aligned superset of the wanted bytes, and it lands at the right page phase by
+// itself when (place in the slot) % 4096 == (offset in the file) % 4096 and no page of the superset holds bytes of
+// another extent. ReadQueue cuts pieces so that this holds wherever it can; what is left goes through a bounce buffer.
+#pragma once
+
+#include "platform.h"
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace hypura {
+
+constexpr uint32_t kNone = UINT32_MAX; // no slot, no stride, no file
+
+struct FileSpec {
+    std::string path;
+    uint64_t bytes; // what the plan saw; open refuses a file of another size
+};
+
+struct FilePlace {
+    uint32_t file_index;
+    uint64_t offset;
+};
+
+struct Extent {
+    uint32_t file_index;
+    uint64_t offset;
+    uint64_t bytes; // > 0
+};
+
+struct SlotPlace {
+    uint32_t class_index;
+    uint32_t slot_index;
+};
+
+enum class ReadFault : uint8_t {
+    kNone,
+    kErrno,     // error_number says which
+    kEndOfFile, // the file ends before the wanted bytes do
+    kChanged,   // size or modification time differs from open: its bytes are not those that the plan was made for
+    kStuck,     // retry_count reads in a row brought nothing
+    kUpload,    // the pool's memory refused the bytes
+};
+
+struct ReadError {
+    ReadFault fault = ReadFault::kNone;
+    int32_t error_number = 0;
+    uint32_t file_index = kNone;
+    uint64_t offset = 0; // first byte that was not delivered
+};
+
+// Writes "FILE at offset N: reason" (always terminated).
+void describe(const ReadError& error, const char* path, Span<char> text);
+
+// Where bytes come from. Called by several threads at once, without a lock.
+class ReadSource {
+public:
+    virtual ~ReadSource() = default;
+    virtual bool has_direct(uint32_t file_index) const = 0;
+    // One attempt: bytes read (fewer than asked is allowed), 0 at the end of the file, or -errno. Direct reads are
+    // aligned in memory, offset and length.
+    virtual int64_t read(FilePlace place, platform::Access access, Span<std::byte> into) = 0;
+    // Size of the file now, or -errno.
+    virtual int64_t bytes_now(uint32_t file_index) = 0;
+    virtual bool unchanged(uint32_t file_index) = 0;
+    virtual const char* path(uint32_t file_index) const = 0;
+    virtual void drop_cached(uint32_t, platform::FileRange) {}
+};
+
+// Where bytes go: one region of slots for each class. `upload` is called by several threads at once.
+class PoolMemory {
+public:
+    virtual ~PoolMemory() = default;
+    // Base of the class's slots, page aligned, or null when the memory is not the host's: then each piece is read into
+    // a thread's own buffer and uploaded.
+    virtual std::byte* host(uint32_t class_index) = 0;
+    virtual bool upload(SlotPlace place, uint64_t offset_in_slot, Span<const std::byte> bytes) = 0;
+};
+
+struct ReadSpec {
+    uint32_t thread_count;
+    uint32_t piece_bytes;   // multiple of 4096; a stride is cut into pieces so that several threads work on it
+    bool direct;            // past the page cache where the file system can
+    bool drop_buffered;     // after a buffered read, give the page cache's copy back
+    uint32_t retry_count;   // attempts in a row without a new byte (EINTR, EAGAIN, nothing) before a read fails
+    uint64_t retry_wait_ns; // pause before an attempt that follows EAGAIN or nothing
+};
+
+// The real files, read only. Each is opened twice (direct, buffered), so that a fallback needs no path any more.
+class FileSource final : public ReadSource {
+public:
+    ~FileSource() override { close(); }
+    // False with a sentence in `error`.
+    bool open(const std::vector<FileSpec>& files, bool direct, std::string* error);
+    void close();
+
+    bool has_direct(uint32_t file_index) const override { return files_[file_index].direct >= 0; }
+    int64_t read(FilePlace place, platform::Access access, Span<std::byte> into) override;
+    int64_t bytes_now(uint32_t file_index) override;
+    bool unchanged(uint32_t file_index) override;
+    const char* path(uint32_t file_index) const override { return files_[file_index].path.c_str(); }
+    void drop_cached(uint32_t file_index, platform::FileRange range) override;
+
+private:
+    struct File {
+        std::string path;
+        int direct = -1;
+        int buffered = -1;
+        platform::FileIdentity identity{};
+    };
+    std::vector<File> files_;
+};
+
+// The unit of work of one thread: a run of wanted bytes in one file and their place in one slot.
+struct Piece {
+    uint32_t job_index;
+    FilePlace from; // first wanted byte
+    uint32_t bytes; // wanted
+    SlotPlace slot;
+    uint64_t slot_offset; // where the first wanted byte belongs, from the slot's base
+    std::byte* host;      // the slot's base; null: upload
+    bool in_place;        // the aligned superset may be read straight into the slot
+};
+
+struct PieceResult {
+    ReadError error;
+    uint64_t kernel_bytes = 0; // what the system calls brought: superset and repeats included
+    uint32_t read_count = 0;
+    uint32_t retry_count = 0;
+    uint32_t bounce_bytes = 0; // copied after the read
+    uint64_t busy_ns = 0;
+};
+
+struct ReaderCounters {
+    uint64_t read_count = 0;
+    uint64_t kernel_bytes = 0;
+    uint64_t delivered_bytes = 0; // wanted bytes of pieces that succeeded
+    uint64_t bounce_bytes = 0;
+    uint64_t retry_count = 0;
+    uint64_t busy_ns = 0;
+};
+
+enum class Urgency : uint8_t { kDemand, kPrefetch };
+
+struct ReadJob {
+    Span<const Extent> extents;
+    SlotPlace slot;
+    std::byte* host;      // the slot's base, or null
+    uint32_t phase_bytes; // where the first byte goes in the slot
+};
+
+// The jobs in order: demand before prefetch, first come first served within each. Not thread safe: its owner guards it.
+// A job that still has uncut bytes is on exactly one queue, unless it failed or was cancelled.
+class ReadQueue {
+public:
+    enum class Cancelled : uint8_t { kRemoved, kDraining };
+    enum class Outcome : uint8_t { kPending, kDone, kFailed, kCancelled };
+
+    void open(uint32_t job_count, const ReadSpec& spec);
+    void submit(uint32_t job_index, const ReadJob& what, Urgency urgency);
+    // A prefetch that something waits for now; takes a cancel back while the job is draining.
+    void promote(uint32_t job_index);
+    // No further piece is started. kRemoved: the job is over. kDraining: pieces are in flight, finish() will tell.
+    Cancelled cancel(uint32_t job_index);
+    // The next piece in order; false when nothing is queued.
+    bool next(Piece* piece);
+    // kDone only when every byte of the job was delivered. After any outcome but kPending the job is over.
+    Outcome finish(const Piece& piece, const ReadError& error);
+
+    bool active(uint32_t job_index) const { return jobs_[job_index].active; }
+    bool in_flight(uint32_t job_index) const { return jobs_[job_index].outstanding > 0; }
+    bool queued(uint32_t job_index) const { return jobs_[job_index].list != List::kOff; }
+    const ReadError& error(uint32_t job_index) const { return jobs_[job_index].error; }
+    uint64_t delivered_bytes(uint32_t job_index) const { return jobs_[job_index].delivered_bytes; }
+    uint32_t active_count() const { return active_count_; }
+    bool empty() const { return heads_[0] == kNone && heads_[1] == kNone; }
+    // About how many pieces are left to hand out.
+    uint64_t queued_pieces() const { return (queued_bytes_ + piece_bytes_ - 1) / piece_bytes_; }
+    // Walks prefetch jobs from the newest: kNone starts, kNone ends.
+    uint32_t newest_prefetch(uint32_t after) const;
+
+private:
+    enum class List : uint8_t { kDemand, kPrefetch, kOff };
+    struct Job {
+        ReadJob what;
+        uint64_t total_bytes;
+        uint64_t cut_bytes;       // of the job, handed out so far
+        uint64_t delivered_bytes; // of the job
+        uint64_t extent_cut_bytes;
+        uint32_t extent_index;
+        uint32_t outstanding; // pieces handed out and not finished
+        uint32_t prev;
+        uint32_t next;
+        List list = List::kOff;
+        bool active = false;
+        bool cancelled = false;
+        ReadError error;
+    };
+
+    void link(uint32_t job_index, List list);
+    void unlink(uint32_t job_index);
+    void cut(Job& job, Piece* piece) const;
+
+    std::unique_ptr<Job[]> jobs_;
+    uint32_t job_count_ = 0;
+    uint32_t active_count_ = 0;
+    uint32_t heads_[2] = {kNone, kNone};
+    uint32_t tails_[2] = {kNone, kNone};
+    uint64_t queued_bytes_ = 0; // not handed out, of the jobs on the queues
+    uint32_t piece_bytes_ = 0;
+};
+
+// Which files are read through the page cache. A file falls back once, when a direct read says EINVAL.
+class FileModes {
+public:
+    void open(uint32_t file_count, const ReadSource& source, bool direct);
+    platform::Access access(uint32_t file_index) const {
+        return buffered_[file_index].load(std::memory_order_relaxed) ? platform::Access::kBuffered
+                                                                     : platform::Access::kDirect;
+    }
+    void fall_back(uint32_t file_index);
+    // Files that were wanted direct and are read buffered.
+    uint32_t fallback_count() const { return fallbacks_.load(std::memory_order_relaxed); }
+
+private:
+    std::unique_ptr<std::atomic<bool>[]> buffered_;
+    std::atomic<uint32_t> fallbacks_{0};
+};
+
+// Executes pieces; one for each thread. Holds the thread's bounce buffer.
+class PieceReader {
+public:
+    PieceReader() = default;
+    ~PieceReader() { platform::unmap_memory(&bounce_); }
+    PieceReader(const PieceReader&) = delete;
+    PieceReader& operator=(const PieceReader&) = delete;
+
+    bool open(ReadSource* source, PoolMemory* pool, FileModes* modes, const ReadSpec& spec);
+    PieceResult run(const Piece& piece);
+
+private:
+    struct Window;
+    bool read_piece(const Piece& piece, PieceResult* result);
+    bool fill(const Window& window, PieceResult* result);
+    bool deliver(const Piece& piece, Span<const std::byte> bytes, PieceResult* result);
+
+    ReadSource* source_ = nullptr;
+    PoolMemory* pool_ = nullptr;
+    FileModes* modes_ = nullptr;
+    ReadSpec spec_{};
+    platform::Memory bounce_;
+};
+
+// What reader threads work for.
+class PieceWork {
+public:
+    virtual ~PieceWork() = default;
+    // Blocks until there is a piece; false ends the thread.
+    virtual bool take(Piece* piece) = 0;
+    virtual void finish(uint32_t thread_index, const Piece& piece, const PieceResult& result) = 0;
+};
+
+class ReaderThreads {
+public:
+    ~ReaderThreads() { HY_CHECK(threads_.empty()); }
+    bool open(ReadSource* source, PoolMemory* pool, FileModes* modes, PieceWork* work, const ReadSpec& spec);
+    // After the work's take() returns false to every thread.
+    void join();
+    uint32_t count() const { return static_cast<uint32_t>(threads_.size()); }
+
+private:
+    std::unique_ptr<PieceReader[]> readers_;
+    std::vector<std::thread> threads_;
+};
+
+} // namespace hypura

@@ -1,0 +1,316 @@
+// What llama.cpp v0.5.0 knows about each architecture and a GGUF does not say: the names it can run, which
+// layers slide or recur by default, which keep no memory. Data only; model.ts gives it meaning. Each table names
+// its source, so that a new pin of llama.cpp can be checked table by table (test/unit/model.test.ts compares
+// the names with the vendored source where it is present).
+
+/**
+ * src/llama-arch.cpp, LLM_ARCH_NAMES, less "clip" (vision projectors, for mtmd only) and "gptj" (named there,
+ * but llama_model_create in src/llama-model.cpp builds no such model).
+ */
+export const architectureNames: ReadonlySet<string> = new Set([
+  "afmoe",
+  "apertus",
+  "arcee",
+  "arctic",
+  "arwkv7",
+  "baichuan",
+  "bailingmoe",
+  "bailingmoe2",
+  "bailingmoe3",
+  "bert",
+  "bitnet",
+  "bloom",
+  "chameleon",
+  "chatglm",
+  "codeshell",
+  "cogvlm",
+  "cohere2",
+  "cohere2moe",
+  "command-r",
+  "dbrx",
+  "deci",
+  "deepseek",
+  "deepseek2",
+  "deepseek2-ocr",
+  "deepseek32",
+  "deepseek4",
+  "dflash",
+  "dots1",
+  "dots3note",
+  "dream",
+  "eagle3",
+  "ernie4_5",
+  "ernie4_5-moe",
+  "eurobert",
+  "exaone",
+  "exaone-moe",
+  "exaone4",
+  "falcon",
+  "falcon-h1",
+  "gemma",
+  "gemma-embedding",
+  "gemma2",
+  "gemma3",
+  "gemma3n",
+  "gemma4",
+  "gemma4-assistant",
+  "glm-dsa",
+  "glm4",
+  "glm4moe",
+  "gpt-oss",
+  "gpt2",
+  "gptneox",
+  "granite",
+  "granite_swa",
+  "granitehybrid",
+  "granitemoe",
+  "graniteswitch",
+  "grok",
+  "grovemoe",
+  "hrm_text",
+  "hunyuan-dense",
+  "hunyuan-moe",
+  "hunyuan_vl",
+  "hy_v3",
+  "hy_v4",
+  "internlm2",
+  "jais",
+  "jais2",
+  "jamba",
+  "jina-bert-v2",
+  "jina-bert-v3",
+  "kimi-k3",
+  "kimi-linear",
+  "laguna",
+  "lfm2",
+  "lfm2moe",
+  "llada",
+  "llada-moe",
+  "llama",
+  "llama-embed",
+  "llama4",
+  "maincoder",
+  "mamba",
+  "mamba2",
+  "maple",
+  "mellum",
+  "mimo2",
+  "minicpm",
+  "minicpm3",
+  "minimax-01",
+  "minimax-m2",
+  "minimax-m3",
+  "mistral3",
+  "mistral4",
+  "modern-bert",
+  "mpt",
+  "muse-glimmer",
+  "nanbeige",
+  "nemotron",
+  "nemotron_h",
+  "nemotron_h_moe",
+  "neo-bert",
+  "nomic-bert",
+  "nomic-bert-moe",
+  "olmo",
+  "olmo2",
+  "olmoe",
+  "openelm",
+  "orion",
+  "paddleocr",
+  "pangu-embedded",
+  "phi2",
+  "phi3",
+  "phimoe",
+  "plamo",
+  "plamo2",
+  "plamo3",
+  "plm",
+  "pockettts",
+  "qwen",
+  "qwen2",
+  "qwen2moe",
+  "qwen2vl",
+  "qwen3",
+  "qwen35",
+  "qwen35moe",
+  "qwen3moe",
+  "qwen3next",
+  "qwen3tts",
+  "qwen3vl",
+  "qwen3vlmoe",
+  "qwen4exp",
+  "refact",
+  "rnd1",
+  "rwkv6",
+  "rwkv6qwen2",
+  "rwkv7",
+  "seed_oss",
+  "smallthinker",
+  "smollm3",
+  "spark2_5",
+  "stablelm",
+  "starcoder",
+  "starcoder2",
+  "step35",
+  "t5",
+  "t5encoder",
+  "talkie",
+  "wavtokenizer-dec",
+  "xverse",
+]);
+
+/** src/llama-model.cpp, create_memory: no KV cache, and (diffusion aside) no text is generated. */
+export const encoderArchitectures: ReadonlySet<string> = new Set([
+  "bert",
+  "eurobert",
+  "gemma-embedding",
+  "jina-bert-v2",
+  "jina-bert-v3",
+  "modern-bert",
+  "neo-bert",
+  "nomic-bert",
+  "nomic-bert-moe",
+  "t5encoder",
+  "wavtokenizer-dec",
+]);
+
+/** src/llama-arch.cpp, llm_arch_is_diffusion: text is generated, without a KV cache. */
+export const diffusionArchitectures: ReadonlySet<string> = new Set(["dream", "llada", "llada-moe", "rnd1"]);
+
+/** src/llama-arch.cpp, llm_arch_is_recurrent: every layer keeps a state, none a KV cache. */
+export const recurrentArchitectures: ReadonlySet<string> = new Set([
+  "arwkv7",
+  "mamba",
+  "mamba2",
+  "rwkv6",
+  "rwkv6qwen2",
+  "rwkv7",
+]);
+
+/**
+ * src/llama-arch.cpp, llm_arch_is_hybrid (without deepseek4, whose cache is of its own kind), with the rule by
+ * which src/models/*.cpp finds the recurrent layers:
+ * - "kv-heads": the layers whose head_count_kv is 0
+ * - a number: the key attention.recurrent_layers, else all but every n-th layer (full_attention_interval)
+ * - "both": every layer has a state and a KV cache
+ * - "nemotron": a state where head_count_kv and feed_forward_length are 0; KV where only the latter is
+ */
+export type RecurrentRule = "kv-heads" | "both" | "nemotron" | number;
+
+export const hybridArchitectures: ReadonlyMap<string, RecurrentRule> = new Map<string, RecurrentRule>([
+  ["bailingmoe3", "kv-heads"],
+  ["falcon-h1", "both"],
+  ["granitehybrid", "kv-heads"],
+  ["jamba", "kv-heads"],
+  ["kimi-k3", "kv-heads"],
+  ["kimi-linear", "kv-heads"],
+  ["lfm2", "kv-heads"],
+  ["lfm2moe", "kv-heads"],
+  ["minimax-01", 8],
+  ["nemotron_h", "nemotron"],
+  ["nemotron_h_moe", "nemotron"],
+  ["plamo2", "kv-heads"],
+  ["qwen35", 4],
+  ["qwen35moe", 4],
+  ["qwen3next", 4],
+  ["qwen4exp", 4],
+]);
+
+/**
+ * How an architecture slides, from load_arch_hparams in src/models/*.cpp. Architectures that are not here do not
+ * slide, even if their file has the key attention.sliding_window.
+ */
+export interface SlidingRule {
+  /** Of `everyLayers` layers one is full and the rest slide; 0: all slide; null: only the file's array says. */
+  readonly everyLayers: number | null;
+  /** The full layer is the first of its group rather than the last. */
+  readonly fullFirst?: boolean;
+  /** Window where the file has no key. */
+  readonly defaultWindowTokens?: number;
+  /** Window whatever the key says (a key of 0 still turns sliding off). */
+  readonly fixedWindowTokens?: number;
+  /** Sliding happens only in models of this many layers. */
+  readonly onlyLayerCount?: number;
+}
+
+export const slidingRules: ReadonlyMap<string, SlidingRule> = new Map<string, SlidingRule>([
+  ["afmoe", { everyLayers: 4 }],
+  ["cohere2", { everyLayers: 4 }],
+  ["cohere2moe", { everyLayers: 4, fullFirst: true }],
+  ["deepseek4", { everyLayers: 0 }],
+  ["dflash", { everyLayers: null }],
+  ["dots3note", { everyLayers: null }],
+  ["exaone-moe", { everyLayers: 4, defaultWindowTokens: 128 }],
+  ["exaone4", { everyLayers: 4, defaultWindowTokens: 4096, onlyLayerCount: 64 }],
+  ["gemma2", { everyLayers: 2, defaultWindowTokens: 4096 }],
+  ["gemma3", { everyLayers: 6 }],
+  ["gemma3n", { everyLayers: 5 }],
+  ["gemma4", { everyLayers: null }],
+  ["gemma4-assistant", { everyLayers: null }],
+  ["gpt-oss", { everyLayers: 2 }],
+  ["granite_swa", { everyLayers: null }],
+  ["laguna", { everyLayers: 4, fullFirst: true }],
+  ["lfm2", { everyLayers: 0 }],
+  ["lfm2moe", { everyLayers: 0 }],
+  ["llama4", { everyLayers: 4, defaultWindowTokens: 8192, fixedWindowTokens: 8192 }],
+  ["maple", { everyLayers: null }],
+  ["mellum", { everyLayers: 4 }],
+  ["mimo2", { everyLayers: null }],
+  ["muse-glimmer", { everyLayers: 4 }],
+  ["olmo2", { everyLayers: 4 }],
+  ["plamo3", { everyLayers: 8 }],
+  ["smallthinker", { everyLayers: 4, fullFirst: true, fixedWindowTokens: 4096 }],
+  ["spark2_5", { everyLayers: null }],
+  ["step35", { everyLayers: null }],
+]);
+
+/** Architectures whose layers keep one more key per token, for sparse attention (create_memory's DSA, MSA). */
+export const indexerArchitectures: ReadonlySet<string> = new Set([
+  "deepseek32",
+  "dots3note",
+  "glm-dsa",
+  "hy_v4",
+  "minimax-m3",
+  "qwen4exp",
+]);
+
+/** llama_ftype of include/llama.h, with the names of llama_ftype_name in src/llama-model-loader.cpp. */
+export const fileTypeNames: ReadonlyMap<number, string> = new Map([
+  [0, "F32"],
+  [1, "F16"],
+  [2, "Q4_0"],
+  [3, "Q4_1"],
+  [7, "Q8_0"],
+  [8, "Q5_0"],
+  [9, "Q5_1"],
+  [10, "Q2_K"],
+  [11, "Q3_K_S"],
+  [12, "Q3_K_M"],
+  [13, "Q3_K_L"],
+  [14, "Q4_K_S"],
+  [15, "Q4_K_M"],
+  [16, "Q5_K_S"],
+  [17, "Q5_K_M"],
+  [18, "Q6_K"],
+  [19, "IQ2_XXS"],
+  [20, "IQ2_XS"],
+  [21, "Q2_K_S"],
+  [22, "IQ3_XS"],
+  [23, "IQ3_XXS"],
+  [24, "IQ1_S"],
+  [25, "IQ4_NL"],
+  [26, "IQ3_S"],
+  [27, "IQ3_M"],
+  [28, "IQ2_S"],
+  [29, "IQ2_M"],
+  [30, "IQ4_XS"],
+  [31, "IQ1_M"],
+  [32, "BF16"],
+  [36, "TQ1_0"],
+  [37, "TQ2_0"],
+  [38, "MXFP4 MoE"],
+  [39, "NVFP4"],
+  [40, "Q1_0"],
+  [41, "Q2_0"],
+]);

@@ -1,0 +1,74 @@
+// Showing an answer as it comes, for `run` and for the chat: text on stdout, thinking dimmed on stderr, Ctrl-C as
+// the end of this answer, and the line of numbers after it.
+
+import { type Answer, type Piece, PromptTooLongError } from "../generate";
+import { HypuraError } from "../errors";
+import { countText, rateText } from "../text";
+import { printAnswer, stderr, tell } from "./terminal";
+
+/** Prints the pieces as they come and gives the answer. stdout then stands where the model's text ended. */
+export async function showAnswer(pieces: AsyncIterable<Piece>): Promise<Answer> {
+  let isThinking = false;
+  for await (const piece of pieces) {
+    switch (piece.type) {
+      case "thinking":
+        // For a person who watches; a pipe gets the answer alone, and --json has the thinking too.
+        if (stderr.isTerminal) {
+          tell(stderr.paint("dim", piece.text));
+          isThinking = true;
+        }
+        break;
+      case "text":
+        if (isThinking) {
+          tell("\n");
+          isThinking = false;
+        }
+        await printAnswer(piece.text);
+        break;
+      case "end":
+        return piece.answer;
+    }
+  }
+  throw new HypuraError("internal", "the answer ended without its end");
+}
+
+/** Runs `work` with a signal that Ctrl-C aborts; a second Ctrl-C ends the process as it would anywhere. */
+export async function interruptible<Result>(work: (signal: AbortSignal) => Promise<Result>): Promise<Result> {
+  const interrupt = new AbortController();
+  const onInterrupt = (): void => interrupt.abort();
+  process.once("SIGINT", onInterrupt);
+  try {
+    return await work(interrupt.signal);
+  } finally {
+    process.off("SIGINT", onInterrupt);
+  }
+}
+
+/** The speed of an answer: "12 tokens at 34.1 tok/s, prompt 20 at 80.3 tok/s". */
+export function speedText({ timings }: Answer): string {
+  const { generatedTokens, generatedSeconds, promptTokens, promptSeconds, cachedTokens } = timings;
+  const known = cachedTokens === 0 ? "" : ` (${countText(cachedTokens)} known)`;
+  return (
+    `${withRate(`${countText(generatedTokens)} ${generatedTokens === 1 ? "token" : "tokens"}`, generatedTokens, generatedSeconds)}, ` +
+    `prompt ${withRate(countText(promptTokens), promptTokens, promptSeconds)}${known}`
+  );
+}
+
+/** No rate where nothing was measured. */
+function withRate(what: string, tokens: number, seconds: number): string {
+  return tokens === 0 || seconds <= 0 ? what : `${what} at ${rateText(tokens / seconds)}`;
+}
+
+/** A prompt that is too long, in the words of the command line. */
+export function withAdvice(error: unknown, trainedContextTokens: number): unknown {
+  if (!(error instanceof PromptTooLongError)) {
+    return error;
+  }
+  // Room for the prompt and an answer, rounded to what a person would type.
+  const wanted = Math.ceil((error.promptTokens + 512) / 1024) * 1024;
+  const advice =
+    error.promptTokens >= trainedContextTokens
+      ? "shorten it: the model was trained for no more"
+      : `shorten it, or give --context ${Math.min(wanted, trainedContextTokens)}`;
+  return new HypuraError("request", `${error.message}: ${advice}`, { cause: error });
+}

@@ -1,0 +1,154 @@
+// What every command shares: its shape, the words of its command line, and reading numbers and sizes out of flags
+// with errors that say what to do. citty takes what this file has checked: by itself it ignores flags and arguments
+// that it does not know, and a typing mistake must not be ignored.
+
+import type { ArgDef, ArgsDef, CommandDef } from "citty";
+import { HypuraError } from "../errors";
+import { nearest, parseBytes } from "../text";
+
+export interface Command {
+  readonly definition: CommandDef<ArgsDef>;
+  /** Lines for `--help`, ready to paste. */
+  readonly examples: readonly string[];
+  /** What else `--help` says. */
+  readonly notes: readonly string[];
+}
+
+/** citty infers a type for every flag; a table of commands needs one type for all. */
+export function command<Args extends ArgsDef>(
+  definition: CommandDef<Args>,
+  help: { readonly examples: readonly string[]; readonly notes?: readonly string[] },
+): Command {
+  const { examples, notes = [] } = help;
+  return { definition: definition as unknown as CommandDef<ArgsDef>, examples, notes };
+}
+
+export interface CommandLine {
+  /** `--help` stands among the flags: nothing else counts. */
+  readonly help: boolean;
+  /** The same words with every flag as `--name=value`, so that no value can be taken for a flag. */
+  readonly words: readonly string[];
+}
+
+/** Checks the words after a command's name. Throws `usage` with the first mistake. */
+export function readCommandLine(name: string, args: ArgsDef, argv: readonly string[]): CommandLine {
+  const flags = flagTable(args);
+  const words: string[] = [];
+  const positionals: string[] = [];
+  const mistakes: string[] = [];
+  for (let i = 0; i < argv.length; i++) {
+    const word = argv[i] as string;
+    if (word === "--") {
+      positionals.push(...argv.slice(i + 1));
+      break;
+    }
+    const match = /^--?([a-zA-Z][^=]*)(?:=([\s\S]*))?$/.exec(word);
+    if (match === null) {
+      positionals.push(word);
+      continue;
+    }
+    const [, spelling = "", value] = match;
+    if (spelling === "help" || spelling === "h") {
+      return { help: true, words: [] };
+    }
+    const flag = flags.get(spelling);
+    if (flag === undefined) {
+      mistakes.push(unknownFlag(name, word, [...flags.keys()]));
+    } else if (flag.arg.type === "boolean") {
+      if (value !== undefined) {
+        mistakes.push(`--${flag.name} takes no value: give it or leave it out`);
+      }
+      words.push(`--${flag.name}`);
+    } else if (value === undefined && argv[i + 1] === undefined) {
+      mistakes.push(`--${flag.name} needs a value: see \`hypura help ${name}\``);
+    } else {
+      words.push(`--${flag.name}=${value ?? argv[++i]}`);
+    }
+  }
+  const mistake = mistakes[0] ?? wrongPositionals(name, args, positionals);
+  if (mistake !== null) {
+    throw new HypuraError("usage", mistake);
+  }
+  return { help: false, words: [...words, "--", ...positionals] };
+}
+
+/** Other spellings of a flag. */
+export function aliasesOf(arg: ArgDef): readonly string[] {
+  return "alias" in arg && arg.alias !== undefined ? [arg.alias].flat() : [];
+}
+
+interface Flag {
+  readonly name: string;
+  readonly arg: ArgDef;
+}
+
+function flagTable(args: ArgsDef): ReadonlyMap<string, Flag> {
+  const flags = new Map<string, Flag>();
+  for (const [name, arg] of Object.entries(args)) {
+    if (arg.type === "positional") {
+      continue;
+    }
+    for (const spelling of [name, ...aliasesOf(arg)]) {
+      flags.set(spelling, { name, arg });
+    }
+  }
+  return flags;
+}
+
+function unknownFlag(name: string, word: string, known: readonly string[]): string {
+  const close = nearest(word.replace(/^--?|=[\s\S]*$/g, ""), known.filter((spelling) => spelling.length > 1));
+  const hint = close === null ? `see \`hypura help ${name}\`` : `did you mean --${close}?`;
+  return `hypura ${name} has no option ${JSON.stringify(word)}: ${hint}`;
+}
+
+function wrongPositionals(name: string, args: ArgsDef, given: readonly string[]): string | null {
+  const wanted = Object.entries(args).filter(([, arg]) => arg.type === "positional");
+  const [missing] = wanted.slice(given.length).find(([, arg]) => arg.required === true) ?? [];
+  if (missing !== undefined) {
+    return `hypura ${name} needs a ${missing.toUpperCase()}: see \`hypura help ${name}\``;
+  }
+  const extra = given[wanted.length];
+  if (extra === undefined) {
+    return null;
+  }
+  const hint = "prompt" in args ? "give the question as --prompt TEXT, in quotes" : `see \`hypura help ${name}\``;
+  return `${JSON.stringify(extra)} is one argument too many: ${hint}`;
+}
+
+export interface NumberRange {
+  readonly least: number;
+  readonly most: number;
+  readonly integer: boolean;
+}
+
+/** The number that a flag gives; undefined where the flag is not given. */
+export function numberFlag(name: string, text: string | undefined, range: NumberRange): number | undefined {
+  if (text === undefined) {
+    return undefined;
+  }
+  const value = Number(text);
+  const fits = text.trim() !== "" && value >= range.least && value <= range.most;
+  if (!fits || (range.integer && !Number.isInteger(value))) {
+    const kind = range.integer ? "a whole number" : "a number";
+    throw new HypuraError("usage", `--${name} ${JSON.stringify(text)}: give ${kind} from ${range.least} to ${range.most}`);
+  }
+  return value;
+}
+
+/** The bytes that a flag such as --memory gives. */
+export function bytesFlag(name: string, text: string | undefined): number | undefined {
+  if (text === undefined) {
+    return undefined;
+  }
+  const bytes = parseBytes(text);
+  if (bytes === null || bytes === 0) {
+    throw new HypuraError("usage", `--${name} ${JSON.stringify(text)}: give a size such as 2G, 1500M or 8GiB`);
+  }
+  return bytes;
+}
+
+/** Every value of a flag that may be given more than once, out of `CommandLine.words`; citty keeps the last only. */
+export function repeatedFlag(name: string, words: readonly string[]): readonly string[] {
+  const flags = words.slice(0, words.indexOf("--"));
+  return flags.filter((word) => word.startsWith(`--${name}=`)).map((word) => word.slice(name.length + 3));
+}

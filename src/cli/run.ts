@@ -1,0 +1,290 @@
+// `hypura run`: one prompt answered on stdout, or a chat. The answer is stdout's; everything else is stderr.
+
+import { readFileSync } from "node:fs";
+import { consola } from "consola";
+import { prepare } from "../api";
+import { type Engine, openEngine } from "../engine";
+import { exitStatus, HypuraError } from "../errors";
+import { type Answer, answerOf, type GenerateOptions, generate, type Message, type Prompt } from "../generate";
+import { type Plan, totalBytes } from "../plan";
+import { bytesText, countText, durationText } from "../text";
+import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
+import { bytesFlag, command, numberFlag, repeatedFlag } from "./command";
+import { print, stderr, tell } from "./terminal";
+
+const args = {
+  model: { type: "positional", description: "A .gguf file (any file of a split model)", required: true },
+  prompt: { type: "string", alias: "p", description: "The question; - reads it from stdin", valueHint: "TEXT" },
+  "prompt-file": { type: "string", alias: "f", description: "Take the question from a file", valueHint: "FILE" },
+  interactive: { type: "boolean", alias: "i", description: "Chat (as on a terminal without a prompt)" },
+  system: { type: "string", alias: "s", description: "Instructions that stand before the conversation", valueHint: "TEXT" },
+  "max-tokens": { type: "string", alias: "n", description: "Stop after so many tokens (512; in a chat no limit)", valueHint: "N" },
+  context: { type: "string", alias: "c", description: "Tokens the model can look back on (4,096 if it fits)", valueHint: "N" },
+  threads: { type: "string", alias: "t", description: "Compute threads (one for each core)", valueHint: "N" },
+  memory: { type: "string", alias: "m", description: "Use at most this much memory, such as 8G", valueHint: "SIZE" },
+  seed: { type: "string", description: "Same seed, same answer", valueHint: "N" },
+  temp: { type: "string", description: "Temperature; 0 takes the likeliest token each time", valueHint: "X" },
+  "top-k": { type: "string", description: "Sample among the K likeliest tokens; 0 is all", valueHint: "K" },
+  "top-p": { type: "string", description: "Sample among the likeliest tokens that make up P", valueHint: "P" },
+  "min-p": { type: "string", description: "Drop tokens less likely than P times the likeliest", valueHint: "P" },
+  stop: { type: "string", description: "End before this text; may be given more than once", valueHint: "TEXT" },
+  raw: { type: "boolean", description: "Continue the prompt as it stands, without a chat template" },
+  json: { type: "boolean", description: "Print one JSON object at the end instead of text as it comes" },
+  verbose: { type: "boolean", description: "Say what was decided and why, and what llama.cpp has to say" },
+} as const;
+
+const defaultMaxTokens = 512;
+
+export const runCommand = command(
+  {
+    meta: { name: "run", description: "Answer a prompt, or chat, with a model" },
+    args,
+    async run({ args: given, rawArgs }) {
+      const flags = given as Flags;
+      const options = generateOptions(flags, rawArgs);
+      const isChat = wantsChat(flags);
+      const { plan, trainedContextTokens, hasChatTemplate } = prepareRun(flags, isChat);
+      const prompt = await readPrompt(flags, isChat);
+      await using engine = await open(plan, flags.verbose === true);
+      if (isChat) {
+        const { chat } = await import("./chat");
+        process.exitCode = await chat(engine, { options, system: flags.system ?? null, first: prompt });
+        return;
+      }
+      const full = promptFor(prompt ?? "", flags, hasChatTemplate);
+      try {
+        await answerOnce(engine, full, { maxTokens: defaultMaxTokens, ...options }, flags.json === true);
+      } catch (error) {
+        throw withAdvice(error, trainedContextTokens);
+      }
+    },
+  },
+  {
+    examples: [
+      "hypura run model.gguf                                      chat",
+      'hypura run model.gguf --prompt "Why is the sky blue?"      one answer',
+      'hypura run model.gguf --prompt-file essay.txt --system "Summarise in one sentence." --temp 0',
+      'git diff | hypura run model.gguf --system "Write a commit message." --max-tokens 100',
+      'hypura run model.gguf --prompt "Once upon a time" --raw    continue a text',
+    ],
+    notes: [
+      "The answer is on stdout, all else on stderr: `hypura run ... > answer.txt` holds the answer and nothing more.\n" +
+        "What a reasoning model thinks is shown dimmed on a terminal only; --json has it too.\n" +
+        "Ctrl-C ends the answer where it is. In the chat, /help lists the commands.",
+    ],
+  },
+);
+
+type Flags = { readonly [Name in keyof typeof args]?: (typeof args)[Name]["type"] extends "boolean" ? boolean : string };
+
+function generateOptions(flags: Flags, words: readonly string[]): GenerateOptions {
+  const real = (least: number, most: number) => ({ least, most, integer: false });
+  const whole = (least: number, most: number) => ({ least, most, integer: true });
+  const stop = repeatedFlag("stop", words);
+  if (stop.includes("")) {
+    throw new HypuraError("usage", "--stop was given an empty text, which ends every answer at once: give some text");
+  }
+  const options = {
+    maxTokens: numberFlag("max-tokens", flags["max-tokens"], whole(1, 1_000_000)),
+    temperature: numberFlag("temp", flags.temp, real(0, 100)),
+    topK: numberFlag("top-k", flags["top-k"], whole(0, 1_000_000)),
+    topP: numberFlag("top-p", flags["top-p"], real(0, 1)),
+    minP: numberFlag("min-p", flags["min-p"], real(0, 1)),
+    // 2^32 - 1 is llama.cpp's word for "any seed" (LLAMA_DEFAULT_SEED).
+    seed: numberFlag("seed", flags.seed, whole(0, 2 ** 32 - 2)),
+    stop: stop.length > 0 ? stop : undefined,
+  };
+  return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined));
+}
+
+/** Whether this is a conversation; throws where flags contradict each other. */
+function wantsChat(flags: Flags): boolean {
+  const hasPrompt = flags.prompt !== undefined || flags["prompt-file"] !== undefined;
+  const isChat = flags.interactive === true || (!hasPrompt && process.stdin.isTTY === true);
+  const refuse = (sentence: string): never => {
+    throw new HypuraError("usage", sentence);
+  };
+  if (flags.prompt !== undefined && flags["prompt-file"] !== undefined) {
+    refuse("--prompt and --prompt-file were both given: give one");
+  }
+  if (isChat && flags.raw === true) {
+    refuse("--raw continues a text and knows no conversation: give it with --prompt");
+  }
+  if (isChat && flags.json === true) {
+    refuse("--json prints one answer and a chat has many: give it with --prompt");
+  }
+  if (isChat && flags.prompt === "-") {
+    refuse("a chat reads stdin line by line, so --prompt - has nothing left to read: leave out one of them");
+  }
+  if (flags.raw === true && flags.system !== undefined) {
+    refuse("--system has no place in a --raw prompt: write it into the prompt");
+  }
+  return isChat;
+}
+
+interface Prepared {
+  readonly plan: Plan;
+  readonly trainedContextTokens: number;
+  readonly hasChatTemplate: boolean;
+}
+
+/** The plan of this run, said where it is not what was asked for. */
+function prepareRun(flags: Flags, isChat: boolean): Prepared {
+  const contextTokens = numberFlag("context", flags.context, { least: 16, most: 16_777_216, integer: true }) ?? null;
+  const { file, plan } = prepare(flags.model as string, {
+    contextTokens,
+    slotCount: 1,
+    threads: numberFlag("threads", flags.threads, { least: 1, most: 512, integer: true }) ?? null,
+    memoryBytes: bytesFlag("memory", flags.memory) ?? null,
+  });
+  const { trainedContextTokens, hasChatTemplate } = file.model;
+  if (contextTokens !== null && contextTokens > plan.contextTokens) {
+    consola.warn(
+      `the model was trained for ${countText(trainedContextTokens)} tokens of context: --context ${contextTokens} is taken as ${plan.contextTokens}`,
+    );
+  }
+  if (!hasChatTemplate && isChat) {
+    throw new HypuraError(
+      "unsupported-model",
+      `${plan.model.name} has no chat template, so it knows no conversation: have it continue a text with --raw --prompt TEXT`,
+    );
+  }
+  if (!hasChatTemplate && flags.raw !== true) {
+    consola.warn(`${plan.model.name} has no chat template: it continues the prompt as it stands (--raw says so without this line)`);
+  }
+  if (flags.verbose) {
+    for (const choice of plan.choices) {
+      consola.info(`${choice.name}: ${choice.value} (${choice.reason})`);
+    }
+  }
+  return { plan, trainedContextTokens, hasChatTemplate };
+}
+
+/** The text of the prompt; null where a chat begins without one. */
+async function readPrompt(flags: Flags, isChat: boolean): Promise<string | null> {
+  const file = flags["prompt-file"];
+  if (flags.prompt === undefined && file === undefined && isChat) {
+    return null;
+  }
+  const [text, source] =
+    file !== undefined
+      ? [readText(file), `the prompt file ${JSON.stringify(file)}`]
+      : flags.prompt !== undefined && flags.prompt !== "-"
+        ? [flags.prompt, "--prompt"]
+        : [await readStdin(), "stdin"];
+  if (text.trim() === "") {
+    throw new HypuraError("usage", `the prompt is empty (${source}): give a question with --prompt TEXT`);
+  }
+  return text;
+}
+
+function readText(path: string): string {
+  try {
+    return decode(readFileSync(path), `the prompt file ${JSON.stringify(path)}`);
+  } catch (cause) {
+    if (cause instanceof HypuraError) {
+      throw cause;
+    }
+    const isMissing = (cause as { readonly code?: string }).code === "ENOENT";
+    const sentence = isMissing
+      ? `there is no prompt file ${JSON.stringify(path)}: check the path`
+      : `the prompt file ${JSON.stringify(path)} cannot be read (${(cause as Error).message}): give a text file`;
+    throw new HypuraError(isMissing ? "not-found" : "io", sentence, { cause });
+  }
+}
+
+async function readStdin(): Promise<string> {
+  let bytes: Uint8Array;
+  try {
+    bytes = await Bun.stdin.bytes();
+  } catch (cause) {
+    throw new HypuraError("io", `stdin cannot be read (${(cause as Error).message}): give the prompt with --prompt`, { cause });
+  }
+  return decode(bytes, "stdin");
+}
+
+function decode(bytes: Uint8Array, source: string): string {
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch (cause) {
+    throw new HypuraError("usage", `${source} is not UTF-8 text: convert it first (iconv -t UTF-8)`, { cause });
+  }
+}
+
+async function open(plan: Plan, verbose: boolean): Promise<Engine> {
+  let shown = false;
+  const engine = await openEngine(plan, {
+    onProgress: (fraction) => {
+      if (stderr.isTerminal) {
+        shown = true;
+        tell(`\r\x1b[Kloading ${plan.model.name}: ${Math.floor(fraction * 100)} %`);
+      }
+    },
+    onLog: (level, text) => {
+      if (verbose) {
+        consola[level](text);
+      }
+    },
+  }).finally(() => {
+    if (shown) {
+      tell("\r\x1b[K");
+    }
+  });
+  return engine;
+}
+
+function promptFor(text: string, flags: Flags, hasChatTemplate: boolean): Prompt {
+  if (flags.raw === true || !hasChatTemplate) {
+    return { text: flags.system === undefined ? text : `${flags.system}\n\n${text}` };
+  }
+  const messages: Message[] = [{ role: "user", content: text }];
+  if (flags.system !== undefined) {
+    messages.unshift({ role: "system", content: flags.system });
+  }
+  return { messages };
+}
+
+async function answerOnce(engine: Engine, prompt: Prompt, options: GenerateOptions, json: boolean): Promise<void> {
+  const answer = await interruptible((signal) => {
+    const pieces = generate(engine, prompt, { ...options, signal });
+    return json ? answerOf(pieces) : showAnswer(pieces);
+  });
+  if (json) {
+    const { plan } = engine;
+    await print(`${JSON.stringify({ model: plan.model.name, mode: plan.mode, ...answer, peakBytes: peakBytes() })}\n`);
+  } else {
+    await print("\n");
+    consola.info(summary(engine.plan, answer));
+  }
+  if (answer.finish === "cancelled") {
+    process.exitCode = exitStatus("cancelled");
+  }
+}
+
+/** The line after an answer: speed, where the bytes were, why it ended. */
+function summary(plan: Plan, answer: Answer): string {
+  return [
+    speedText(answer),
+    `${plan.mode}: ${bytesText(plan.memory.weightBytes)} in ram, 0 B on nvme`,
+    `peak ${bytesText(peakBytes())} of ${bytesText(totalBytes(plan.memory))} planned`,
+    endText(answer, plan.contextTokens),
+  ].join(", ");
+}
+
+function endText({ finish, timings }: Answer, contextTokens: number): string {
+  switch (finish) {
+    case "stop":
+      return durationText(timings.promptSeconds + timings.generatedSeconds);
+    case "length":
+      return "stopped at --max-tokens";
+    case "context":
+      return `stopped because the context of ${countText(contextTokens)} tokens is full (--context N)`;
+    case "cancelled":
+      return "stopped by Ctrl-C";
+  }
+}
+
+/** The most memory this process ever held. */
+function peakBytes(): number {
+  return process.resourceUsage().maxRSS * 1024;
+}

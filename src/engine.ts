@@ -1,0 +1,312 @@
+// The engine as TypeScript sees it: open a plan, send requests, read events. It owns the descriptors that native
+// code writes to and turns their lines into values; nothing else in src sees native code (machine.ts asks it for
+// device facts). It knows no dialect: a route's body and chunks pass through as they are.
+
+import { closeSync } from "node:fs";
+import { nativeLibrary, type EngineId } from "../ffi/native";
+import { type ErrorCode, HypuraError } from "./errors";
+import type { Plan } from "./plan";
+
+/** What is known of a model once it is loaded. */
+export interface EngineInfo {
+  /** Tokens that one request may use. */
+  readonly contextTokens: number;
+  readonly slotCount: number;
+  readonly vocabTokens: number;
+  readonly parameters: number;
+  readonly hasChatTemplate: boolean;
+  /** Bytes that llama.cpp allocated, by buffer type and purpose. */
+  readonly memory: readonly {
+    readonly buffer: string;
+    readonly weightBytes: number;
+    readonly kvBytes: number;
+    readonly computeBytes: number;
+  }[];
+}
+
+/** One piece of an answer, in the dialect of its route. */
+export interface EngineChunk {
+  /** Set by dialects that name their chunks. */
+  readonly name?: string;
+  readonly data: unknown;
+}
+
+/** A request that the engine refused or that failed on the way. */
+export class RequestError extends HypuraError {
+  /** As of HTTP: 400 is the caller's fault, 500 the engine's, 503 try again. */
+  readonly status: number;
+  readonly type: string;
+  /** What else the engine says about it, by the core's names. */
+  readonly details: Readonly<Record<string, unknown>>;
+
+  constructor(status: number, type: string, message: string, details: Readonly<Record<string, unknown>> = {}) {
+    super("request", message);
+    this.name = "RequestError";
+    this.status = status;
+    this.type = type;
+    this.details = details;
+  }
+}
+
+export interface OpenOptions {
+  /** 0 to 1, the share of the resident bytes that are loaded. */
+  readonly onProgress?: (fraction: number) => void;
+  /** llama.cpp's warnings and errors. */
+  readonly onLog?: (level: "warn" | "error", text: string) => void;
+}
+
+export interface Engine extends AsyncDisposable {
+  readonly plan: Plan;
+  readonly info: EngineInfo;
+  /**
+   * Sends `body` to `route` ("POST /v1/chat/completions"; the table is in ffi/native/engine.cpp) and gives the
+   * chunks of the answer: many when the body says `stream: true`, else one. Breaking off the iteration or aborting
+   * the signal cancels the request. Throws RequestError, and HypuraError `cancelled` when the signal ended it.
+   */
+  request(route: string, body: object, signal?: AbortSignal): AsyncIterableIterator<EngineChunk>;
+  /** Requests that native code still works on; a cancelled one leaves within the running pass. */
+  activeRequests(): number;
+  /** Cancels what runs, unloads the model, and waits until its memory is given back. */
+  close(): Promise<void>;
+}
+
+type OpenEvent =
+  | { readonly event: "progress"; readonly value: number }
+  | { readonly event: "log"; readonly level: "warn" | "error"; readonly text: string }
+  | { readonly event: "ready"; readonly info: EngineInfo }
+  | { readonly event: "error"; readonly code: ErrorCode; readonly message: string }
+  | { readonly event: "fatal"; readonly message: string }
+  | { readonly event: "closed" };
+
+type RequestEvent =
+  | { readonly event: "data"; readonly name?: string; readonly data: unknown }
+  | {
+      readonly event: "error";
+      readonly status: number;
+      readonly error: { readonly message: string; readonly type: string };
+    }
+  | { readonly event: "end" };
+
+/** Loads the model that the plan describes. Throws HypuraError when that fails. */
+export function openEngine(plan: Plan, options: OpenOptions = {}): Promise<Engine> {
+  const native = nativeLibrary();
+  const { engine, fd } = native.open(JSON.stringify(plan));
+  const life = new EngineLife(engine, new EventLines(fd), options);
+  return life.ready.then(
+    (info): Engine => ({
+      plan,
+      info,
+      request: (route, body, signal) => life.request(route, body, signal),
+      activeRequests: () => Math.max(0, native.activeRequests(engine)),
+      close: () => life.close(),
+      [Symbol.asyncDispose]: () => life.close(),
+    }),
+    async (error) => {
+      await life.close();
+      throw error;
+    },
+  );
+}
+
+/** Reads the engine's own descriptor from open to closed, and holds what ends with it. */
+class EngineLife {
+  readonly ready: Promise<EngineInfo>;
+  readonly #engine: EngineId;
+  readonly #ended: Promise<void>;
+  readonly #requests = new Set<RequestChunks>();
+  #death: HypuraError | undefined;
+
+  constructor(engine: EngineId, lines: EventLines, options: OpenOptions) {
+    this.#engine = engine;
+    const { promise, resolve, reject } = Promise.withResolvers<EngineInfo>();
+    this.ready = promise;
+    this.#ended = this.#follow(lines, options, resolve, reject);
+  }
+
+  async #follow(
+    lines: EventLines,
+    options: OpenOptions,
+    resolve: (info: EngineInfo) => void,
+    reject: (error: HypuraError) => void,
+  ): Promise<void> {
+    let failure: HypuraError | undefined;
+    for (let event = await lines.next<OpenEvent>(); event !== null; event = await lines.next<OpenEvent>()) {
+      switch (event.event) {
+        case "progress":
+          options.onProgress?.(event.value);
+          break;
+        case "log":
+          options.onLog?.(event.level, event.text);
+          break;
+        case "ready":
+          resolve(event.info);
+          break;
+        case "error":
+          failure = new HypuraError(event.code, event.message);
+          break;
+        case "fatal":
+          // The engine's thread stands still and "closed" will never come.
+          this.#die(new HypuraError("engine", `the engine stopped on an assertion of llama.cpp: ${event.message}`));
+          lines.cancel();
+          break;
+        case "closed":
+          break;
+      }
+    }
+    const death = this.#death ?? failure ?? new HypuraError("engine", "the engine is closed");
+    this.#die(death);
+    reject(death);
+  }
+
+  #die(error: HypuraError): void {
+    this.#death ??= error;
+    for (const request of this.#requests) {
+      request.fail(this.#death);
+    }
+  }
+
+  request(route: string, body: object, signal: AbortSignal | undefined): AsyncIterableIterator<EngineChunk> {
+    if (this.#death !== undefined) {
+      throw this.#death;
+    }
+    const fd = nativeLibrary().request(this.#engine, route, JSON.stringify(body));
+    const chunks = new RequestChunks(new EventLines(fd), signal, () => this.#requests.delete(chunks));
+    this.#requests.add(chunks);
+    return chunks;
+  }
+
+  close(): Promise<void> {
+    nativeLibrary().close(this.#engine);
+    return this.#ended;
+  }
+}
+
+/** The chunks of one answer. An iterator and not a generator, so that it can be cancelled while it waits. */
+class RequestChunks implements AsyncIterableIterator<EngineChunk> {
+  readonly #lines: EventLines;
+  readonly #signal: AbortSignal | undefined;
+  readonly #onDone: () => void;
+  readonly #onAbort = () => this.fail(new HypuraError("cancelled", "the request was cancelled"));
+  #failure: HypuraError | undefined;
+  #done = false;
+
+  constructor(lines: EventLines, signal: AbortSignal | undefined, onDone: () => void) {
+    this.#lines = lines;
+    this.#signal = signal;
+    this.#onDone = onDone;
+    if (signal?.aborted) {
+      this.#onAbort();
+    } else {
+      signal?.addEventListener("abort", this.#onAbort, { once: true });
+    }
+  }
+
+  [Symbol.asyncIterator](): this {
+    return this;
+  }
+
+  async next(): Promise<IteratorResult<EngineChunk>> {
+    if (this.#done) {
+      return { done: true, value: undefined };
+    }
+    const event = await this.#lines.next<RequestEvent>();
+    if (this.#failure !== undefined) {
+      this.#finish();
+      throw this.#failure;
+    }
+    switch (event?.event) {
+      case "data":
+        return {
+          done: false,
+          value: event.name === undefined ? { data: event.data } : { name: event.name, data: event.data },
+        };
+      case "error":
+        this.#finish();
+        throw new RequestError(event.status, event.error.type, event.error.message, { ...event.error });
+      case "end":
+        this.#finish();
+        return { done: true, value: undefined };
+      case undefined:
+        this.#finish();
+        throw new RequestError(500, "server_error", "the engine ended in the middle of the answer");
+    }
+  }
+
+  return(): Promise<IteratorResult<EngineChunk>> {
+    this.#finish();
+    return Promise.resolve({ done: true, value: undefined });
+  }
+
+  /** Ends the iteration with `error`, also while it waits. */
+  fail(error: HypuraError): void {
+    this.#failure ??= error;
+    this.#lines.cancel();
+  }
+
+  #finish(): void {
+    this.#done = true;
+    this.#lines.cancel();
+    this.#signal?.removeEventListener("abort", this.#onAbort);
+    this.#onDone();
+  }
+}
+
+function readerOf(fd: number) {
+  return Bun.file(fd).stream().getReader();
+}
+
+/** Newline-delimited JSON from a descriptor that this object owns. */
+class EventLines {
+  readonly #fd: number;
+  readonly #reader: ReturnType<typeof readerOf>;
+  readonly #decoder = new TextDecoder();
+  #queue: string[] = [];
+  #taken = 0;
+  #rest = "";
+  #closed = false;
+
+  constructor(fd: number) {
+    this.#fd = fd;
+    this.#reader = readerOf(fd);
+  }
+
+  /** The next line's value; null when the stream has ended or was cancelled. */
+  async next<Event>(): Promise<Event | null> {
+    while (this.#taken >= this.#queue.length) {
+      if (this.#closed) {
+        return null;
+      }
+      const { done, value } = await this.#reader.read().catch(() => ({ done: true, value: undefined }));
+      if (this.#closed) {
+        return null;
+      }
+      if (done) {
+        this.#close();
+        return null;
+      }
+      this.#split(this.#decoder.decode(value, { stream: true }));
+    }
+    const line = this.#queue[this.#taken++] as string;
+    return JSON.parse(line) as Event;
+  }
+
+  #split(text: string): void {
+    const parts = (this.#rest + text).split("\n");
+    this.#rest = parts.pop() ?? "";
+    this.#queue = parts;
+    this.#taken = 0;
+  }
+
+  /** Closes the descriptor, which tells native code to stop. Idempotent; a pending next() gives null. */
+  cancel(): void {
+    if (!this.#closed) {
+      this.#close();
+    }
+  }
+
+  #close(): void {
+    this.#closed = true;
+    this.#reader.cancel().catch(() => {});
+    closeSync(this.#fd);
+  }
+}

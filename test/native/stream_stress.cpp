@@ -1,0 +1,212 @@
+// Seeded runs of consumers over a faulty source: whatever the faults, what is ready has the right bytes until it is
+// released, what fails names a fault that was put in, and when the faults are gone every stride can be had.
+//   stream_stress [runs] [first seed]
+#include "stream_rig.h"
+
+#include <atomic>
+#include <memory>
+#include <thread>
+
+using namespace hypura;
+
+namespace {
+
+void random_plan(StreamRig& rig, Random& random) {
+    rig.plan.reader = {1 + random.below(4), 4096 * (1 + random.below(4)), !random.chance(4), random.chance(2), 200, 1};
+    rig.plan.lookahead_strides = random.below(3) * 4;
+    uint32_t files = 1 + random.below(3);
+    for (uint32_t i = 0; i < files; i++) {
+        rig.plan.files.push_back({"fake.gguf", random.below(5000)});
+    }
+    uint32_t classes = 1 + random.below(3);
+    for (uint32_t c = 0; c < classes; c++) {
+        ClassSpec spec{};
+        spec.stride_bytes = random.chance(3) ? 4096 * (1 + random.below(6)) : 1 + random.below(30000);
+        spec.slot_bytes = min_slot_bytes(spec.stride_bytes);
+        spec.slot_count = 2 + random.below(10);
+        spec.op_slots = 1;
+        spec.policy.kind = static_cast<PolicyKind>(random.below(4));
+        spec.policy.half_life_tokens = random.below(20);
+        spec.policy.stale_after_passes = random.below(3);
+        spec.policy.pinned_slots = random.below(spec.slot_count);
+        spec.policy.working_set_strides = random.below(16);
+        spec.policy.guard_ring_slots = 1 + random.below(3);
+        rig.plan.classes.push_back(spec);
+        for (uint32_t i = 1 + random.below(24); i > 0; i--) {
+            uint32_t first = static_cast<uint32_t>(rig.plan.extents.size());
+            uint64_t left = spec.stride_bytes;
+            while (left > 0) {
+                uint64_t bytes = random.chance(4) ? 1 + random.below(left) : left;
+                uint32_t file_index = random.below(files);
+                FileSpec& file = rig.plan.files[file_index];
+                file.bytes += random.chance(3) ? random.below(5000) : 0;
+                rig.plan.extents.push_back({file_index, file.bytes, bytes});
+                file.bytes += bytes;
+                left -= bytes;
+            }
+            uint32_t count = static_cast<uint32_t>(rig.plan.extents.size()) - first;
+            rig.plan.strides.push_back({c, random.below(40), first, count});
+        }
+    }
+}
+
+Faults random_faults(StreamRig& rig, Random& random) {
+    Faults faults;
+    faults.seed = random.next();
+    faults.direct = !random.chance(5);
+    faults.short_one_in = random.below(3) * 2;
+    faults.eintr_one_in = random.below(3) * 3;
+    faults.eagain_one_in = random.below(3) * 4;
+    faults.slow_one_in = random.below(3) * 8;
+    faults.slow_ns = 1 + random.below(100000);
+    uint64_t reads = 40 + random.below(300);
+    switch (random.below(8)) {
+    case 0:
+        faults.eio_at = random.below(reads);
+        faults.eio_count = 1 + random.below(5);
+        break;
+    case 1:
+        faults.einval_at = random.below(reads);
+        break;
+    case 2:
+    case 3:
+        faults.shrink_at = random.below(reads);
+        faults.shrink_to = random.below(rig.plan.files[0].bytes + 1);
+        break;
+    case 4:
+        faults.change_at = random.below(reads);
+        break;
+    default:
+        break;
+    }
+    return faults;
+}
+
+struct Tally {
+    std::atomic<uint64_t> failures{0};
+    std::atomic<uint64_t> interruptions{0};
+    std::atomic<uint64_t> ops{0};
+};
+
+// A few passes; cyclic ones repeat the same ops, with an aborted pass now and then.
+void consume(StreamRig& rig, uint64_t seed, bool fatal, Tally* tally) {
+    Random random{seed};
+    uint32_t count = static_cast<uint32_t>(rig.plan.strides.size());
+    bool cyclic = random.chance(2);
+    for (uint32_t pass = 3 + random.below(4); pass > 0; pass--) {
+        rig.stream.begin_pass(1 + random.below(4));
+        for (uint32_t at = 0; at < count;) {
+            std::vector<uint32_t> op;
+            for (uint32_t n = cyclic ? 1 + at % 3 : 1 + random.below(12); n > 0 && at < count; n--, at++) {
+                op.push_back(cyclic ? at : random.below(count));
+            }
+            if (random.chance(6)) {
+                uint32_t ahead[3] = {random.below(count), random.below(count), random.below(count)};
+                rig.stream.prefetch({ahead, 3});
+            }
+            Status status = rig.op(op);
+            tally->ops++;
+            if (status == Status::kFailed) {
+                ReadError error = rig.stream.last_error();
+                CHECK(fatal && error.fault != ReadFault::kNone && error.file_index < rig.plan.files.size());
+                CHECK(error.offset < rig.plan.files[error.file_index].bytes);
+                tally->failures++;
+            } else if (status == Status::kInterrupted) {
+                tally->interruptions++;
+            }
+            if (status != Status::kOk) {
+                rig.stream.drain();
+                break;
+            }
+            if (random.chance(40)) {
+                break; // the pass is aborted
+            }
+        }
+    }
+}
+
+void run(uint64_t seed, Tally* tally) {
+    Random random{mix(seed)};
+    StreamRig rig;
+    random_plan(rig, random);
+    std::vector<uint64_t> file_bytes;
+    for (const FileSpec& file : rig.plan.files) {
+        file_bytes.push_back(file.bytes);
+    }
+    rig.source = std::make_unique<FakeSource>(file_bytes);
+    Faults faults = random_faults(rig, random);
+    rig.source->set(faults);
+    PoolMemory* pool;
+    if (random.chance(4)) {
+        uint64_t most = 0;
+        std::vector<uint64_t> slot_bytes;
+        for (const ClassSpec& spec : rig.plan.classes) {
+            most = std::max(most, spec.slot_bytes * spec.slot_count);
+            slot_bytes.push_back(spec.slot_bytes);
+        }
+        uint32_t classes = static_cast<uint32_t>(rig.plan.classes.size());
+        rig.device = std::make_unique<FakeDevicePool>(classes, most, slot_bytes);
+        pool = rig.device.get();
+    } else {
+        rig.host = std::make_unique<HostPool>();
+        CHECK(rig.host->open(rig.plan.classes, {platform::PageKind::kBase, 1}));
+        pool = rig.host.get();
+    }
+    std::string error;
+    if (!rig.stream.open(rig.plan, rig.source.get(), pool, &error)) {
+        CHECK(error.find("class ") == 0); // a plan that does not fit is refused with a sentence
+        return;
+    }
+    std::thread second;
+    if (random.chance(3)) {
+        uint64_t other = random.next();
+        second = std::thread([&rig, other, &faults, tally] { consume(rig, other, faults.fatal(), tally); });
+    }
+    std::thread meddler;
+    std::atomic<bool> over{false};
+    if (random.chance(3)) {
+        meddler = std::thread([&rig, &over] {
+            for (bool on = true; !over; on = !on) {
+                rig.stream.interrupt(on);
+                platform::sleep_ns(on ? 10000 : 300000);
+                rig.stream.counters();
+                rig.stream.check();
+            }
+            rig.stream.interrupt(false);
+        });
+    }
+    consume(rig, random.next(), faults.fatal(), tally);
+    if (second.joinable()) {
+        second.join();
+    }
+    over = true;
+    if (meddler.joinable()) {
+        meddler.join();
+    }
+    CHECK(rig.stream.pinned_count() == 0);
+    rig.stream.drain();
+    rig.stream.check();
+
+    rig.source->set({}); // no more faults: everything can be had
+    for (uint32_t i = 0; i < rig.plan.strides.size(); i++) {
+        CHECK(rig.op({i}) == Status::kOk);
+    }
+    rig.stream.drain();
+    rig.stream.check();
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    uint64_t runs = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 500;
+    uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+    Tally tally;
+    for (uint64_t seed = first; seed < first + runs; seed++) {
+        std::fprintf(stderr, "\rseed %" PRIu64, seed);
+        run(seed, &tally);
+    }
+    std::printf("\n%" PRIu64 " runs, %" PRIu64 " ops, %" PRIu64 " failed reads met, %" PRIu64 " interruptions\n", runs,
+                tally.ops.load(), tally.failures.load(), tally.interruptions.load());
+    CHECK(runs < 100 || (tally.failures > 0 && tally.interruptions > 0));
+    return 0;
+}
