@@ -6,7 +6,7 @@ import { basename } from "node:path";
 import { type Engine, openEngine } from "./engine";
 import { HypuraError } from "./errors";
 import { type Answer, type GenerateOptions, generate, type Message, type Piece, type Prompt } from "./generate";
-import { readMachine } from "./machine";
+import { type Machine, readMachine } from "./machine";
 import { type ModelFile, openModelFile } from "./modelfile";
 import { makePlan, noLimits, type Plan, type PlanLimits } from "./plan";
 
@@ -85,19 +85,22 @@ export async function open(path: string, options: OpenOptions = {}): Promise<Mod
 /** The model file at `path` and how it runs here; no weight is read yet. Throws where it cannot run. */
 export function prepare(path: string, limits: PlanLimits = noLimits): { readonly file: ModelFile; readonly plan: Plan } {
   const file = openModelFile(path);
-  if (!file.model.generatesText) {
-    throw new HypuraError(
-      "unsupported-model",
-      `${JSON.stringify(basename(path))} (${file.model.architecture}) turns text into vectors and generates none: take a language model`,
-    );
-  }
   return { file, plan: planOf(file, limits) };
 }
 
-/** How the model in `file` runs on this machine. */
-export function planOf(file: ModelFile, limits: PlanLimits): Plan {
+/** How the model in `file` runs on this machine. Throws where it cannot. */
+export function planOf(file: ModelFile, limits: PlanLimits, machine: Machine = readMachine()): Plan {
+  if (!file.model.generatesText) {
+    throw new HypuraError(
+      "unsupported-model",
+      `${JSON.stringify(basename(file.path))} (${file.model.architecture}) turns text into vectors and generates none: take a language model`,
+    );
+  }
   const name = basename(file.path).replace(/(-00001-of-\d{5})?\.gguf$/i, "");
-  return makePlan({ name, files: file.files, model: file.model }, readMachine(), limits);
+  // The core uses no more context than the model was trained for (n_ctx_slot); more would be memory for nothing.
+  const trained = file.model.trainedContextTokens || Number.POSITIVE_INFINITY;
+  const contextTokens = limits.contextTokens === null ? null : Math.min(limits.contextTokens, trained);
+  return makePlan({ name, files: file.files, model: file.model }, machine, { ...limits, contextTokens });
 }
 
 /** The model that an open engine holds. */

@@ -193,20 +193,21 @@ const removedTypes: ReadonlyMap<number, string> = new Map([
 const arrayTypeId = 9;
 
 /** gguf_type -> name and bytes of an element; a string has no fixed size. */
-const valueTypes: ReadonlyMap<number, { readonly name: GgufElementType; readonly sizeBytes: number }> = new Map([
-  [0, { name: "u8", sizeBytes: 1 }],
-  [1, { name: "i8", sizeBytes: 1 }],
-  [2, { name: "u16", sizeBytes: 2 }],
-  [3, { name: "i16", sizeBytes: 2 }],
-  [4, { name: "u32", sizeBytes: 4 }],
-  [5, { name: "i32", sizeBytes: 4 }],
-  [6, { name: "f32", sizeBytes: 4 }],
-  [7, { name: "bool", sizeBytes: 1 }],
-  [8, { name: "str", sizeBytes: 0 }],
-  [10, { name: "u64", sizeBytes: 8 }],
-  [11, { name: "i64", sizeBytes: 8 }],
-  [12, { name: "f64", sizeBytes: 8 }],
-]);
+const valueTypes: ReadonlyMap<number, { readonly name: GgufElementType; readonly sizeBytes: number }> =
+  new Map([
+    [0, { name: "u8", sizeBytes: 1 }],
+    [1, { name: "i8", sizeBytes: 1 }],
+    [2, { name: "u16", sizeBytes: 2 }],
+    [3, { name: "i16", sizeBytes: 2 }],
+    [4, { name: "u32", sizeBytes: 4 }],
+    [5, { name: "i32", sizeBytes: 4 }],
+    [6, { name: "f32", sizeBytes: 4 }],
+    [7, { name: "bool", sizeBytes: 1 }],
+    [8, { name: "str", sizeBytes: 0 }],
+    [10, { name: "u64", sizeBytes: 8 }],
+    [11, { name: "i64", sizeBytes: 8 }],
+    [12, { name: "f64", sizeBytes: 8 }],
+  ]);
 
 const strictUtf8 = new TextDecoder("utf-8", { fatal: true });
 const lenientUtf8 = new TextDecoder("utf-8");
@@ -217,7 +218,10 @@ function quote(text: string): string {
 }
 
 function corrupt(name: string, sentence: string): HypuraError {
-  return new HypuraError("corrupt-model", `${quote(name)} is damaged: ${sentence}; download or convert it again`);
+  return new HypuraError(
+    "corrupt-model",
+    `${quote(name)} is damaged: ${sentence}; download or convert it again`,
+  );
 }
 
 function roundUp(value: number, step: number): number {
@@ -293,7 +297,10 @@ function openCursor(file: NamedSource, startBytes: number, maxBytes: number): Cu
     const high = view.getUint32(index + 4, true);
     // 2^53 = 2^21 * 2^32: beyond it a number is not exact, and no file is that large.
     if (high >= 0x20_0000) {
-      throw corrupt(name, `${what} at byte ${at} is ${view.getBigUint64(index, true)}, which no file can hold`);
+      throw corrupt(
+        name,
+        `${what} at byte ${at} is ${view.getBigUint64(index, true)}, which no file can hold`,
+      );
     }
     at += 8;
     return high * 4_294_967_296 + low;
@@ -303,7 +310,10 @@ function openCursor(file: NamedSource, startBytes: number, maxBytes: number): Cu
     if (type === "str") {
       const lengthBytes = u64(`the length of ${what}`);
       if (lengthBytes > maxStringBytes) {
-        throw corrupt(name, `${what} at byte ${at} claims ${lengthBytes} bytes, the limit is ${maxStringBytes}`);
+        throw corrupt(
+          name,
+          `${what} at byte ${at} claims ${lengthBytes} bytes, the limit is ${maxStringBytes}`,
+        );
       }
       return lenientUtf8.decode(bytes(lengthBytes, what));
     }
@@ -388,10 +398,14 @@ function magicHint(head: Uint8Array): string {
   if (text.startsWith("version https://git-lfs")) {
     return "it is a Git LFS pointer, not the model itself: fetch it with `git lfs pull`";
   }
-  if (/^\s*<(!doctype|html)/i.test(text)) return "it is a web page: the download went wrong, fetch the .gguf file itself";
-  if (text.startsWith("PK\u0003\u0004")) return "it is a zip archive or a PyTorch checkpoint: convert it to GGUF";
-  if (/^(ggml|ggmf|ggjt|lmgg|fmgg|tjgg)/.test(text)) return "it is a GGML file from before GGUF: get the GGUF version";
-  if (head[8] === 0x7b && head[6] === 0 && head[7] === 0) return "it looks like a safetensors file: convert it to GGUF";
+  if (/^\s*<(!doctype|html)/i.test(text))
+    return "it is a web page: the download went wrong, fetch the .gguf file itself";
+  if (text.startsWith("PK\u0003\u0004"))
+    return "it is a zip archive or a PyTorch checkpoint: convert it to GGUF";
+  if (/^(ggml|ggmf|ggjt|lmgg|fmgg|tjgg)/.test(text))
+    return "it is a GGML file from before GGUF: get the GGUF version";
+  if (head[8] === 0x7b && head[6] === 0 && head[7] === 0)
+    return "it looks like a safetensors file: convert it to GGUF";
   return "give a .gguf file";
 }
 
@@ -404,7 +418,10 @@ interface ParsedFile {
 }
 
 /** How a file starts: magic, version, counts. Returns null-free values or throws. */
-function readPreamble(cursor: Cursor, file: NamedSource): { version: number; tensorCount: number; keyCount: number } {
+function readPreamble(
+  cursor: Cursor,
+  file: NamedSource,
+): { version: number; tensorCount: number; keyCount: number } {
   const { name } = cursor;
   if (file.source.sizeBytes === 0) {
     throw new HypuraError("not-a-model", `${quote(name)} is empty (0 bytes): download the model again`);
@@ -442,7 +459,10 @@ function readPreamble(cursor: Cursor, file: NamedSource): { version: number; ten
 }
 
 /** `count` things of at least `eachBytes` must fit what is left; a lie is found before any loop starts. */
-function checkCount(cursor: Cursor, claim: { what: string; count: number; limit: number; eachBytes: number }): void {
+function checkCount(
+  cursor: Cursor,
+  claim: { what: string; count: number; limit: number; eachBytes: number },
+): void {
   if (claim.count > claim.limit) {
     throw corrupt(cursor.name, `it claims ${claim.count} ${claim.what}, the limit is ${claim.limit}`);
   }
@@ -472,11 +492,19 @@ function readName(cursor: Cursor, what: string, maxBytes: number): string {
   try {
     return strictUtf8.decode(raw);
   } catch (cause) {
-    throw new HypuraError("corrupt-model", corrupt(cursor.name, `${what} at byte ${at} is not UTF-8`).message, { cause });
+    throw new HypuraError(
+      "corrupt-model",
+      corrupt(cursor.name, `${what} at byte ${at} is not UTF-8`).message,
+      { cause },
+    );
   }
 }
 
-function readElements(cursor: Cursor, array: { type: GgufElementType; count: number; what: string }, maxStringBytes: number): GgufScalar[] {
+function readElements(
+  cursor: Cursor,
+  array: { type: GgufElementType; count: number; what: string },
+  maxStringBytes: number,
+): GgufScalar[] {
   const values: GgufScalar[] = [];
   for (let i = 0; i < array.count; i++) values.push(cursor.scalar(array.type, array.what, maxStringBytes));
   return values;
@@ -496,7 +524,10 @@ function readArrayValue(cursor: Cursor, key: string, context: HeaderContext): Gg
   const typeId = cursor.u32(`the element type of ${what}`);
   const type = valueTypes.get(typeId);
   if (type === undefined) {
-    const sentence = typeId === arrayTypeId ? "holds arrays, which llama.cpp does not read" : `has the unknown element type ${typeId}`;
+    const sentence =
+      typeId === arrayTypeId
+        ? "holds arrays, which llama.cpp does not read"
+        : `has the unknown element type ${typeId}`;
     throw corrupt(cursor.name, `${what} ${sentence}`);
   }
   const count = cursor.u64(`the length of ${what}`);
@@ -506,12 +537,18 @@ function readArrayValue(cursor: Cursor, key: string, context: HeaderContext): Gg
   if (type.name === "str") {
     left.stringCount -= count;
     if (left.stringCount < 0) {
-      throw corrupt(cursor.name, `${what} brings its strings to more than ${limits.maxStringCount}, the limit`);
+      throw corrupt(
+        cursor.name,
+        `${what} brings its strings to more than ${limits.maxStringCount}, the limit`,
+      );
     }
     for (let i = 0; i < count; i++) {
       const lengthBytes = cursor.u64(what);
       if (lengthBytes > limits.maxStringBytes) {
-        throw corrupt(cursor.name, `string ${i} of ${what} claims ${lengthBytes} bytes, the limit is ${limits.maxStringBytes}`);
+        throw corrupt(
+          cursor.name,
+          `string ${i} of ${what} claims ${lengthBytes} bytes, the limit is ${limits.maxStringBytes}`,
+        );
       }
       cursor.skip(lengthBytes, what);
     }
@@ -530,7 +567,11 @@ function readArrayValue(cursor: Cursor, key: string, context: HeaderContext): Gg
 export function readArray(array: GgufArray, file: NamedSource): readonly GgufScalar[] {
   if (array.values !== null) return array.values;
   const cursor = openCursor(file, array.offsetBytes, array.sizeBytes);
-  return readElements(cursor, { type: array.elementType, count: array.count, what: "an array" }, array.sizeBytes);
+  return readElements(
+    cursor,
+    { type: array.elementType, count: array.count, what: "an array" },
+    array.sizeBytes,
+  );
 }
 
 function readMetadata(cursor: Cursor, keyCount: number, context: HeaderContext): Map<string, GgufValue> {
@@ -544,7 +585,8 @@ function readMetadata(cursor: Cursor, keyCount: number, context: HeaderContext):
       continue;
     }
     const type = valueTypes.get(typeId);
-    if (type === undefined) throw corrupt(cursor.name, `the metadata key ${quote(key)} has the unknown type ${typeId}`);
+    if (type === undefined)
+      throw corrupt(cursor.name, `the metadata key ${quote(key)} has the unknown type ${typeId}`);
     metadata.set(key, cursor.scalar(type.name, `the value of ${quote(key)}`, context.limits.maxStringBytes));
   }
   return metadata;
@@ -553,7 +595,12 @@ function readMetadata(cursor: Cursor, keyCount: number, context: HeaderContext):
 function readAlignment(name: string, metadata: ReadonlyMap<string, GgufValue>): number {
   const value = metadata.get("general.alignment");
   if (value === undefined) return defaultAlignment;
-  if (typeof value !== "number" || !Number.isInteger(value) || value <= 0 || !Number.isInteger(Math.log2(value))) {
+  if (
+    typeof value !== "number" ||
+    !Number.isInteger(value) ||
+    value <= 0 ||
+    !Number.isInteger(Math.log2(value))
+  ) {
     const shown = typeof value === "object" ? "an array" : String(value);
     throw corrupt(name, `general.alignment is ${shown} and must be a power of two`);
   }
@@ -566,7 +613,10 @@ type DirectoryEntry = Omit<GgufTensor, "fileIndex">;
 function readShape(cursor: Cursor, tensor: string): number[] {
   const dimensionCount = cursor.u32(`the dimension count of tensor ${quote(tensor)}`);
   if (dimensionCount > maxDimensions) {
-    throw corrupt(cursor.name, `tensor ${quote(tensor)} has ${dimensionCount} dimensions, at most ${maxDimensions} are possible`);
+    throw corrupt(
+      cursor.name,
+      `tensor ${quote(tensor)} has ${dimensionCount} dimensions, at most ${maxDimensions} are possible`,
+    );
   }
   const shape: number[] = [];
   let elements = 1;
@@ -575,7 +625,10 @@ function readShape(cursor: Cursor, tensor: string): number[] {
     if (size === 0) throw corrupt(cursor.name, `dimension ${i} of tensor ${quote(tensor)} is 0`);
     elements *= size;
     if (!Number.isSafeInteger(elements)) {
-      throw corrupt(cursor.name, `tensor ${quote(tensor)} has more elements than can be counted (shape ${[...shape, size].join(" x ")})`);
+      throw corrupt(
+        cursor.name,
+        `tensor ${quote(tensor)} has more elements than can be counted (shape ${[...shape, size].join(" x ")})`,
+      );
     }
     shape.push(size);
   }
@@ -599,11 +652,15 @@ function readDirectoryEntry(cursor: Cursor, index: number): DirectoryEntry {
   }
   const rowElements = shape[0] ?? 1;
   if (rowElements % type.blockElements !== 0) {
-    throw corrupt(cursor.name, `tensor ${quote(name)} has rows of ${rowElements} elements, not a multiple of the ${type.blockElements} in a block of ${type.name}`);
+    throw corrupt(
+      cursor.name,
+      `tensor ${quote(name)} has rows of ${rowElements} elements, not a multiple of the ${type.blockElements} in a block of ${type.name}`,
+    );
   }
   const elements = shape.reduce((product, size) => product * size, 1);
   const sizeBytes = (elements / type.blockElements) * type.blockBytes;
-  if (!Number.isSafeInteger(sizeBytes)) throw corrupt(cursor.name, `tensor ${quote(name)} claims ${sizeBytes} bytes`);
+  if (!Number.isSafeInteger(sizeBytes))
+    throw corrupt(cursor.name, `tensor ${quote(name)} claims ${sizeBytes} bytes`);
   const offsetBytes = cursor.u64(`the offset of tensor ${quote(name)}`);
   return { name, shape, type: typeId, typeName: type.name, offsetBytes, sizeBytes };
 }
@@ -621,18 +678,29 @@ function placeTensors(
   let previous = "";
   for (const entry of entries) {
     if (entry.offsetBytes % place.alignment !== 0) {
-      throw corrupt(place.name, `tensor ${quote(entry.name)} lies at data offset ${entry.offsetBytes}, not a multiple of the alignment ${place.alignment}`);
+      throw corrupt(
+        place.name,
+        `tensor ${quote(entry.name)} lies at data offset ${entry.offsetBytes}, not a multiple of the alignment ${place.alignment}`,
+      );
     }
     if (entry.offsetBytes !== expected) {
       const how =
         entry.offsetBytes < expected
           ? `overlaps ${previous === "" ? "another tensor" : `tensor ${quote(previous)}`}`
           : `leaves a gap of ${entry.offsetBytes - expected} bytes`;
-      throw corrupt(place.name, `tensor ${quote(entry.name)} at data offset ${entry.offsetBytes} ${how} (expected at ${expected})`);
+      throw corrupt(
+        place.name,
+        `tensor ${quote(entry.name)} at data offset ${entry.offsetBytes} ${how} (expected at ${expected})`,
+      );
     }
-    tensors.push({ ...entry, fileIndex: place.fileIndex, offsetBytes: place.dataOffsetBytes + entry.offsetBytes });
+    tensors.push({
+      ...entry,
+      fileIndex: place.fileIndex,
+      offsetBytes: place.dataOffsetBytes + entry.offsetBytes,
+    });
     expected = roundUp(expected + entry.sizeBytes, place.alignment);
-    if (!Number.isSafeInteger(expected)) throw corrupt(place.name, `its tensors together claim ${expected} bytes`);
+    if (!Number.isSafeInteger(expected))
+      throw corrupt(place.name, `its tensors together claim ${expected} bytes`);
     previous = entry.name;
   }
   checkEnd(tensors, place);
@@ -657,7 +725,12 @@ function parseFile(file: NamedSource, fileIndex: number, limits: GgufLimits): Pa
   const { version, tensorCount, keyCount } = readPreamble(cursor, file);
   // A key needs its length, a character, a type and a byte; a tensor its length, a character, the dimension
   // count, a type and an offset.
-  checkCount(cursor, { what: "metadata keys", count: keyCount, limit: limits.maxMetadataCount, eachBytes: 14 });
+  checkCount(cursor, {
+    what: "metadata keys",
+    count: keyCount,
+    limit: limits.maxMetadataCount,
+    eachBytes: 14,
+  });
   checkCount(cursor, { what: "tensors", count: tensorCount, limit: limits.maxTensorCount, eachBytes: 25 });
   const left = { eagerCount: eagerTotalCount, stringCount: limits.maxStringCount };
   const metadata = readMetadata(cursor, keyCount, { file, fileIndex, limits, left });
@@ -703,7 +776,8 @@ function checkSplitCount(count: number, sources: readonly NamedSource[]): void {
   const given = new Set(sources.map((file) => baseName(file.name)));
   const wanted = splitNames(baseName(first))?.names ?? [];
   const missing = wanted.filter((name) => !given.has(name));
-  const named = missing.length === 0 ? `${count - sources.length} of them` : missing.slice(0, 3).map(quote).join(", ");
+  const named =
+    missing.length === 0 ? `${count - sources.length} of them` : missing.slice(0, 3).map(quote).join(", ");
   const more = missing.length > 3 ? ` and ${missing.length - 3} more` : "";
   throw new HypuraError(
     "not-found",
@@ -725,18 +799,25 @@ function checkSplit(parsed: readonly ParsedFile[], sources: readonly NamedSource
     const name = names[index] ?? "";
     const number = splitNumber(name, file.metadata, "split.no");
     if (number !== index) {
-      const said = number === null ? "is not part of a split model" : `says it is file ${number + 1} of its split model`;
+      const said =
+        number === null ? "is not part of a split model" : `says it is file ${number + 1} of its split model`;
       throw corrupt(name, `it ${said}, where file ${index + 1} is expected`);
     }
     const itsCount = splitNumber(name, file.metadata, "split.count");
     if (itsCount !== null && itsCount !== count) {
-      throw corrupt(name, `it belongs to a model of ${itsCount} files, ${quote(firstName)} to one of ${count}`);
+      throw corrupt(
+        name,
+        `it belongs to a model of ${itsCount} files, ${quote(firstName)} to one of ${count}`,
+      );
     }
   });
   const stated = splitNumber(firstName, parsed[0]?.metadata ?? new Map(), "split.tensors.count");
   const found = parsed.reduce((sum, file) => sum + file.tensors.length, 0);
   if (stated === null || stated !== found) {
-    throw corrupt(firstName, `split.tensors.count is ${stated ?? "missing"}, but the files hold ${found} tensors`);
+    throw corrupt(
+      firstName,
+      `split.tensors.count is ${stated ?? "missing"}, but the files hold ${found} tensors`,
+    );
   }
 }
 
@@ -745,7 +826,8 @@ function checkDuplicates(tensors: readonly GgufTensor[], names: readonly string[
   for (const tensor of tensors) {
     const other = seen.get(tensor.name);
     if (other !== undefined) {
-      const where = other.fileIndex === tensor.fileIndex ? "" : ` (also in ${quote(names[other.fileIndex] ?? "")})`;
+      const where =
+        other.fileIndex === tensor.fileIndex ? "" : ` (also in ${quote(names[other.fileIndex] ?? "")})`;
       throw corrupt(names[tensor.fileIndex] ?? "", `the tensor ${quote(tensor.name)} occurs twice${where}`);
     }
     seen.set(tensor.name, tensor);
@@ -762,7 +844,10 @@ export function parseGguf(sources: readonly NamedSource[], limits: GgufLimits = 
   const parsed = [head, ...sources.slice(1).map((file, index) => parseFile(file, index + 1, limits))];
   checkSplit(parsed, sources);
   const tensors = parsed.flatMap((file) => file.tensors);
-  checkDuplicates(tensors, sources.map((file) => file.name));
+  checkDuplicates(
+    tensors,
+    sources.map((file) => file.name),
+  );
   return {
     version: head.version,
     alignment: head.alignment,

@@ -138,7 +138,10 @@ interface Keys {
 }
 
 function corrupt(fileName: string, sentence: string): HypuraError {
-  return new HypuraError("corrupt-model", `${JSON.stringify(fileName)} is damaged: ${sentence}; download or convert it again`);
+  return new HypuraError(
+    "corrupt-model",
+    `${JSON.stringify(fileName)} is damaged: ${sentence}; download or convert it again`,
+  );
 }
 
 function toCount(value: GgufValue | undefined): number | null {
@@ -153,7 +156,8 @@ function openKeys(gguf: Gguf, architecture: string, fileName: string): Keys {
     const fullKey = `${architecture}.${key}`;
     const value = metadata.get(fullKey);
     if (value === undefined || typeof value !== "object") return null;
-    if (value.values === null) throw corrupt(fileName, `${fullKey} has ${value.count} elements, at most ${maxLayerCount} make sense`);
+    if (value.values === null)
+      throw corrupt(fileName, `${fullKey} has ${value.count} elements, at most ${maxLayerCount} make sense`);
     return value.values.map((element) => {
       // Signed arrays use -1 for "none" in keys that are of no interest here; a count is never negative.
       if (typeof element === "number" && Number.isFinite(element)) return Math.max(0, Math.trunc(element));
@@ -167,7 +171,8 @@ function openKeys(gguf: Gguf, architecture: string, fileName: string): Keys {
     const value = metadata.get(fullKey);
     if (value === undefined) return null;
     const number = toCount(value);
-    if (number === null || number > 0xffff_ffff) throw corrupt(fileName, `${fullKey} is no whole number of 32 bits`);
+    if (number === null || number > 0xffff_ffff)
+      throw corrupt(fileName, `${fullKey} is no whole number of 32 bits`);
     return number;
   }
 
@@ -196,7 +201,10 @@ function openKeys(gguf: Gguf, architecture: string, fileName: string): Keys {
       }
       // get_key_or_arr in src/llama-model-loader.cpp demands the exact length.
       if (values.length !== layerCount) {
-        throw corrupt(fileName, `${architecture}.${key} has ${values.length} elements for ${layerCount} layers`);
+        throw corrupt(
+          fileName,
+          `${architecture}.${key} has ${values.length} elements for ${layerCount} layers`,
+        );
       }
       return values;
     },
@@ -237,7 +245,10 @@ const blockRoles: readonly (readonly [RegExp, Role])[] = [
   [/^nextn\./, "mtp"],
   [/^vis_/, "vision"],
   [/^(hc|ple|altup|laurel)_/, "mixing"],
-  [/^(inp_gate|proj|post_norm|layer_output_scale|(attn|ffn)_res_score|(attn|ffn)_conv_(base|proj))$/, "mixing"],
+  [
+    /^(inp_gate|proj|post_norm|layer_output_scale|(attn|ffn)_res_score|(attn|ffn)_conv_(base|proj))$/,
+    "mixing",
+  ],
   [/^ffn_(gate_up|gate|up|down)_(ch)?exps$/, "expert-bias"],
   [/^ffn_(gate_inp|gate_inp_shexp|gate_tid2eid)$|^exp_probs_b(_vl)?$/, "router"],
   [/^ffn_(gate|up|down)_shexp$|^ffn_latent_(down|up)$|^ffn_routed_(down|up)$/, "shared-expert"],
@@ -289,7 +300,8 @@ function roleOf(tensor: GgufTensor, name: TensorName, shape: Shape): Role {
   const role = roleByName(name);
   const { layer } = name;
   // The blocks after the last evaluated one are MTP blocks, whatever their tensors are called.
-  if (layer !== null && name.stack === "" && shape.mtpLayerCount > 0 && layer >= shape.layerCount) return "mtp";
+  if (layer !== null && name.stack === "" && shape.mtpLayerCount > 0 && layer >= shape.layerCount)
+    return "mtp";
   if (role !== "expert-bias") return role;
   if (name.suffix !== "weight") return "expert-bias";
   if (!isExpertStack(tensor, name, shape)) return "other";
@@ -297,13 +309,22 @@ function roleOf(tensor: GgufTensor, name: TensorName, shape: Shape): Role {
 }
 
 /** What may stream: stacked experts, and the dense FFN matrices of the ordinary blocks. */
-function stridesOf(tensor: GgufTensor, place: { index: number; name: TensorName; role: Role }, shape: Shape): StrideSet | null {
+function stridesOf(
+  tensor: GgufTensor,
+  place: { index: number; name: TensorName; role: Role },
+  shape: Shape,
+): StrideSet | null {
   const { index: tensorIndex, name, role } = place;
   if (name.layer === null || name.stack !== "" || name.suffix !== "weight") return null;
   if (role === "expert" || role === "expert-gate-up") {
     const strideCount = tensor.shape[2] ?? 1;
     const used = shape.usedByLayer[name.layer] ?? 0;
-    return { tensorIndex, strideCount, strideBytes: tensor.sizeBytes / strideCount, touchedCount: Math.min(used, strideCount) };
+    return {
+      tensorIndex,
+      strideCount,
+      strideBytes: tensor.sizeBytes / strideCount,
+      touchedCount: Math.min(used, strideCount),
+    };
   }
   const isMatrix = tensor.shape.length === 2 && name.base !== "ffn.act";
   return role === "dense-ffn" && isMatrix
@@ -311,7 +332,10 @@ function stridesOf(tensor: GgufTensor, place: { index: number; name: TensorName;
     : null;
 }
 
-function touchedBytes(tensor: GgufTensor, place: { name: TensorName; role: Role; strides: StrideSet | null; tied: boolean }): number {
+function touchedBytes(
+  tensor: GgufTensor,
+  place: { name: TensorName; role: Role; strides: StrideSet | null; tied: boolean },
+): number {
   const { name, role, strides } = place;
   // MTP and vision parts rest while text is decoded; an encoder runs once per prompt.
   if (role === "mtp" || role === "vision" || name.stack === "enc") return 0;
@@ -335,7 +359,12 @@ function passesOf(keys: Keys): (layer: number | null) => number {
   return () => 1;
 }
 
-function describeTensors(gguf: Gguf, shape: Shape, tied: boolean, passes: (layer: number | null) => number): ModelTensor[] {
+function describeTensors(
+  gguf: Gguf,
+  shape: Shape,
+  tied: boolean,
+  passes: (layer: number | null) => number,
+): ModelTensor[] {
   return gguf.tensors.map((tensor, index) => {
     const name = splitTensorName(tensor.name);
     const role = roleOf(tensor, name, shape);
@@ -384,7 +413,8 @@ function readWindows(keys: Keys, layerCount: number): readonly (number | null)[]
   if (pattern !== null) return full.map((_, layer) => ((pattern[layer] ?? 0) !== 0 ? window : null));
   if (rule.everyLayers === null) return full;
   // set_swa_pattern in src/llama-hparams.cpp. A pattern given as a number replaces the architecture's own.
-  const every = rule.everyLayers === 0 ? 0 : (keys.count("attention.sliding_window_pattern") ?? rule.everyLayers);
+  const every =
+    rule.everyLayers === 0 ? 0 : (keys.count("attention.sliding_window_pattern") ?? rule.everyLayers);
   return full.map((_, layer) => {
     if (every === 0) return window;
     const isFull = rule.fullFirst === true ? layer % every === 0 : layer % every === every - 1;
@@ -413,7 +443,11 @@ function stateElements(keys: Keys, heads: Heads, embeddingLength: number): numbe
 }
 
 /** Which layers keep a recurrent state and which a KV cache. */
-function readLayerKinds(keys: Keys, heads: Heads, layerCount: number): readonly { state: boolean; kv: boolean }[] {
+function readLayerKinds(
+  keys: Keys,
+  heads: Heads,
+  layerCount: number,
+): readonly { state: boolean; kv: boolean }[] {
   const layers = Array.from({ length: layerCount }, (_, layer) => layer);
   const { architecture } = keys;
   if (recurrentArchitectures.has(architecture)) return layers.map(() => ({ state: true, kv: false }));
@@ -440,12 +474,17 @@ function readLayerKinds(keys: Keys, heads: Heads, layerCount: number): readonly 
 /** gemma3n and gemma4: the last layers use the keys of earlier ones. */
 function ownKvLayerCount(keys: Keys, layerCount: number): number {
   if (keys.architecture === "gemma3n") return Math.min(20, layerCount);
-  if (keys.architecture === "gemma4") return Math.max(0, layerCount - (keys.count("attention.shared_kv_layers") ?? 0));
+  if (keys.architecture === "gemma4")
+    return Math.max(0, layerCount - (keys.count("attention.shared_kv_layers") ?? 0));
   return layerCount;
 }
 
 /** The caches beside the main one: compressed keys of DeepSeek 4, keys of sparse-attention indexers. */
-function readExtraCache(keys: Keys, layer: number, keyLength: number): Pick<MemoryLayer, "extraKeyElements" | "extraValueElements" | "compression"> {
+function readExtraCache(
+  keys: Keys,
+  layer: number,
+  keyLength: number,
+): Pick<MemoryLayer, "extraKeyElements" | "extraValueElements" | "compression"> {
   const none = { extraKeyElements: 0, extraValueElements: 0, compression: 1 };
   const indexer = keys.count("attention.indexer.key_length") ?? 0;
   if (keys.architecture === "deepseek4") {
@@ -456,20 +495,32 @@ function readExtraCache(keys: Keys, layer: number, keyLength: number): Pick<Memo
   if (!indexerArchitectures.has(keys.architecture) || indexer === 0) return none;
   if (keys.architecture === "minimax-m3") {
     const isDense = layer < (keys.count("leading_dense_block_count") ?? 0);
-    return isDense ? none : { ...none, extraKeyElements: indexer, extraValueElements: keys.count("attention.value_length") ?? indexer };
+    return isDense
+      ? none
+      : {
+          ...none,
+          extraKeyElements: indexer,
+          extraValueElements: keys.count("attention.value_length") ?? indexer,
+        };
   }
   // A layer without an indexer of its own reuses an earlier one; where the file does not say, all have one.
   const owns = (keys.array("attention.indexer.types")?.[layer] ?? 1) !== 0;
   return owns ? { ...none, extraKeyElements: indexer } : none;
 }
 
-function readMemoryLayers(keys: Keys, heads: Heads, layerCount: number, embeddingLength: number): MemoryLayer[] {
+function readMemoryLayers(
+  keys: Keys,
+  heads: Heads,
+  layerCount: number,
+  embeddingLength: number,
+): MemoryLayer[] {
   const windows = readWindows(keys, layerCount);
   const kinds = readLayerKinds(keys, heads, layerCount);
   const state = stateElements(keys, heads, embeddingLength);
   const ownKv = ownKvLayerCount(keys, layerCount);
   // is_mla() of src/llama-hparams.cpp: keys hold the compressed values too (kv_lora_rank + rope dimensions).
-  const isMla = (keys.count("attention.key_length_mla") ?? 0) > 0 && (keys.count("attention.value_length_mla") ?? 0) > 0;
+  const isMla =
+    (keys.count("attention.key_length_mla") ?? 0) > 0 && (keys.count("attention.value_length_mla") ?? 0) > 0;
   const keyOnly = isMla || keys.architecture === "deepseek4";
   const keyLengthSliding = keys.count("attention.key_length_swa") ?? heads.keyLength;
   const valueLengthSliding = keys.count("attention.value_length_swa") ?? heads.valueLength;
@@ -477,7 +528,10 @@ function readMemoryLayers(keys: Keys, heads: Heads, layerCount: number, embeddin
     const windowTokens = kind.kv ? (windows[layer] ?? null) : null;
     const slides = windowTokens !== null;
     const kvHeads = kind.kv && layer < ownKv ? (heads.kvHeadCounts[layer] ?? 0) : 0;
-    const extra = kvHeads > 0 ? readExtraCache(keys, layer, heads.keyLength) : { extraKeyElements: 0, extraValueElements: 0, compression: 1 };
+    const extra =
+      kvHeads > 0
+        ? readExtraCache(keys, layer, heads.keyLength)
+        : { extraKeyElements: 0, extraValueElements: 0, compression: 1 };
     return {
       layer,
       keyElements: kvHeads * (slides ? keyLengthSliding : heads.keyLength),
@@ -494,7 +548,10 @@ function rowBytes(elements: number, typeName: string): number {
   for (const type of tensorTypes.values()) {
     if (type.name === typeName) return Math.ceil(elements / type.blockElements) * type.blockBytes;
   }
-  throw new HypuraError("usage", `there is no tensor type ${JSON.stringify(typeName)}; use f16, bf16, f32, q8_0, q4_0 or the like`);
+  throw new HypuraError(
+    "usage",
+    `there is no tensor type ${JSON.stringify(typeName)}; use f16, bf16, f32, q8_0, q4_0 or the like`,
+  );
 }
 
 export interface KvTypes {
@@ -509,7 +566,8 @@ export function kvBytesPerToken(model: Model, types: KvTypes): number {
 
 export function kvLayerBytesPerToken(layer: MemoryLayer, types: KvTypes): number {
   const main = rowBytes(layer.keyElements, types.keyType) + rowBytes(layer.valueElements, types.valueType);
-  const extra = rowBytes(layer.extraKeyElements, types.keyType) + rowBytes(layer.extraValueElements, types.valueType);
+  const extra =
+    rowBytes(layer.extraKeyElements, types.keyType) + rowBytes(layer.extraValueElements, types.valueType);
   return main + extra / layer.compression;
 }
 
@@ -529,15 +587,24 @@ export interface KvUse extends KvTypes {
 }
 
 /** Bytes of KV caches and recurrent states that llama.cpp allocates for a context. */
-export function memoryBytes(model: Model, use: KvUse): { readonly kvBytes: number; readonly stateBytes: number } {
+export function memoryBytes(
+  model: Model,
+  use: KvUse,
+): { readonly kvBytes: number; readonly stateBytes: number } {
   const cells = roundUpCells(use.contextTokens);
   let kvBytes = 0;
   let stateBytes = 0;
   for (const layer of model.memoryLayers) {
-    const own = layer.windowTokens === null ? cells : Math.min(cells, roundUpCells(layer.windowTokens * use.sequenceCount + use.batchTokens));
+    const own =
+      layer.windowTokens === null
+        ? cells
+        : Math.min(cells, roundUpCells(layer.windowTokens * use.sequenceCount + use.batchTokens));
     const extraCells = layer.compression === 1 ? cells : roundUpCells(cells / layer.compression);
-    kvBytes += own * (rowBytes(layer.keyElements, use.keyType) + rowBytes(layer.valueElements, use.valueType));
-    kvBytes += extraCells * (rowBytes(layer.extraKeyElements, use.keyType) + rowBytes(layer.extraValueElements, use.valueType));
+    kvBytes +=
+      own * (rowBytes(layer.keyElements, use.keyType) + rowBytes(layer.valueElements, use.valueType));
+    kvBytes +=
+      extraCells *
+      (rowBytes(layer.extraKeyElements, use.keyType) + rowBytes(layer.extraValueElements, use.valueType));
     stateBytes += layer.stateElements * 4 * use.sequenceCount;
   }
   return { kvBytes, stateBytes };
@@ -549,13 +616,22 @@ function readArchitecture(gguf: Gguf, fileName: string): string {
   const architecture = gguf.metadata.get("general.architecture");
   const quoted = JSON.stringify(fileName);
   if (typeof architecture !== "string") {
-    throw new HypuraError("corrupt-model", `${quoted} does not name its architecture (general.architecture is missing): convert it again`);
+    throw new HypuraError(
+      "corrupt-model",
+      `${quoted} does not name its architecture (general.architecture is missing): convert it again`,
+    );
   }
   if (architecture === "clip" || gguf.metadata.get("general.type") === "mmproj") {
-    throw new HypuraError("unsupported-model", `${quoted} is the vision projector of a model (mmproj), not a language model: give the model's own .gguf file`);
+    throw new HypuraError(
+      "unsupported-model",
+      `${quoted} is the vision projector of a model (mmproj), not a language model: give the model's own .gguf file`,
+    );
   }
   if (gguf.metadata.get("general.type") === "adapter") {
-    throw new HypuraError("unsupported-model", `${quoted} is a LoRA adapter, not a whole model: give the model it belongs to`);
+    throw new HypuraError(
+      "unsupported-model",
+      `${quoted} is a LoRA adapter, not a whole model: give the model it belongs to`,
+    );
   }
   if (!architectureNames.has(architecture)) {
     throw new HypuraError(
@@ -568,22 +644,31 @@ function readArchitecture(gguf: Gguf, fileName: string): string {
 
 function readLayerCounts(keys: Keys): { layerCount: number; mtpLayerCount: number } {
   const all = keys.requiredCount("block_count");
-  if (all < 1 || all > maxLayerCount) throw corrupt(keys.fileName, `block_count is ${all}, not between 1 and ${maxLayerCount}`);
+  if (all < 1 || all > maxLayerCount)
+    throw corrupt(keys.fileName, `block_count is ${all}, not between 1 and ${maxLayerCount}`);
   const mtp = keys.count("nextn_predict_layers") ?? 0;
   if (mtp > all) throw corrupt(keys.fileName, `nextn_predict_layers is ${mtp} of ${all} layers`);
   // A file of MTP layers only (a draft head) evaluates them.
   return mtp === all ? { layerCount: all, mtpLayerCount: 0 } : { layerCount: all - mtp, mtpLayerCount: mtp };
 }
 
-function readExperts(keys: Keys, layerCountAll: number): { expertCount: number; usedByLayer: readonly number[] } {
+function readExperts(
+  keys: Keys,
+  layerCountAll: number,
+): { expertCount: number; usedByLayer: readonly number[] } {
   const expertCount = keys.count("expert_count") ?? 0;
-  const usedByLayer = keys.perLayer("expert_used_count", layerCountAll) ?? new Array<number>(layerCountAll).fill(0);
+  const usedByLayer =
+    keys.perLayer("expert_used_count", layerCountAll) ?? new Array<number>(layerCountAll).fill(0);
   const used = largest(usedByLayer);
   // Hunyuan's dense models carry an expert count of 1 (load_hparams).
-  if (expertCount <= 1 && keys.architecture.startsWith("hunyuan")) return { expertCount: 0, usedByLayer: usedByLayer.map(() => 0) };
-  if (expertCount > maxExpertCount) throw corrupt(keys.fileName, `expert_count is ${expertCount}, the limit is ${maxExpertCount}`);
-  if (used > expertCount) throw corrupt(keys.fileName, `expert_used_count is ${used} of ${expertCount} experts`);
-  if (expertCount > 0 && used === 0) throw corrupt(keys.fileName, `it has ${expertCount} experts but expert_used_count is missing or 0`);
+  if (expertCount <= 1 && keys.architecture.startsWith("hunyuan"))
+    return { expertCount: 0, usedByLayer: usedByLayer.map(() => 0) };
+  if (expertCount > maxExpertCount)
+    throw corrupt(keys.fileName, `expert_count is ${expertCount}, the limit is ${maxExpertCount}`);
+  if (used > expertCount)
+    throw corrupt(keys.fileName, `expert_used_count is ${used} of ${expertCount} experts`);
+  if (expertCount > 0 && used === 0)
+    throw corrupt(keys.fileName, `it has ${expertCount} experts but expert_used_count is missing or 0`);
   return { expertCount, usedByLayer };
 }
 
@@ -591,7 +676,10 @@ function largest(values: readonly number[]): number {
   return values.reduce((max, value) => Math.max(max, value), 0);
 }
 
-function sumBy<Key>(tensors: readonly ModelTensor[], key: (tensor: ModelTensor) => Key): ReadonlyMap<Key, number> {
+function sumBy<Key>(
+  tensors: readonly ModelTensor[],
+  key: (tensor: ModelTensor) => Key,
+): ReadonlyMap<Key, number> {
   const sums = new Map<Key, number>();
   for (const tensor of tensors) sums.set(key(tensor), (sums.get(key(tensor)) ?? 0) + tensor.sizeBytes);
   return new Map([...sums].sort((a, b) => b[1] - a[1]));
@@ -599,16 +687,25 @@ function sumBy<Key>(tensors: readonly ModelTensor[], key: (tensor: ModelTensor) 
 
 function checkUsable(gguf: Gguf, fileName: string): void {
   if (gguf.tensors.length === 0) {
-    throw new HypuraError("unsupported-model", `${JSON.stringify(fileName)} holds metadata but no tensors (a vocabulary file): give the model itself`);
+    throw new HypuraError(
+      "unsupported-model",
+      `${JSON.stringify(fileName)} holds metadata but no tensors (a vocabulary file): give the model itself`,
+    );
   }
 }
 
 /** The looped architectures keep a KV cache for every pass of every block. */
-function memoryLayersOf(keys: Keys, heads: Heads, layerCount: number, embeddingLength: number): MemoryLayer[] {
+function memoryLayersOf(
+  keys: Keys,
+  heads: Heads,
+  layerCount: number,
+  embeddingLength: number,
+): MemoryLayer[] {
   const layers = readMemoryLayers(keys, heads, layerCount, embeddingLength);
   if (keys.architecture !== "nanbeige") return layers;
   const loops = Math.max(1, keys.count("num_loops") ?? 1);
-  if (loops * layerCount > maxLayerCount) throw corrupt(keys.fileName, `num_loops is ${loops} for ${layerCount} layers`);
+  if (loops * layerCount > maxLayerCount)
+    throw corrupt(keys.fileName, `num_loops is ${loops} for ${layerCount} layers`);
   return Array.from({ length: loops }, () => layers).flat();
 }
 
@@ -631,13 +728,21 @@ export function describeModel(gguf: Gguf): Model {
   const { expertCount, usedByLayer } = readExperts(keys, layerCountAll);
   const generatesText = !encoderArchitectures.has(architecture);
   const tiedOutput = generatesText && !gguf.tensors.some((tensor) => tensor.name === "output.weight");
-  const tensors = describeTensors(gguf, { expertCount, layerCount, mtpLayerCount, usedByLayer }, tiedOutput, passesOf(keys));
+  const tensors = describeTensors(
+    gguf,
+    { expertCount, layerCount, mtpLayerCount, usedByLayer },
+    tiedOutput,
+    passesOf(keys),
+  );
   const fileType = toCount(gguf.metadata.get("general.file_type"));
   return {
     architecture,
     name: keys.text("general.name"),
     fileTypeName: fileType === null ? null : (fileTypeNames.get(fileType) ?? null),
-    parameterCount: tensors.reduce((sum, tensor) => sum + tensor.shape.reduce((product, size) => product * size, 1), 0),
+    parameterCount: tensors.reduce(
+      (sum, tensor) => sum + tensor.shape.reduce((product, size) => product * size, 1),
+      0,
+    ),
     tensorBytes: tensors.reduce((sum, tensor) => sum + tensor.sizeBytes, 0),
     layerCount,
     mtpLayerCount,
@@ -647,7 +752,10 @@ export function describeModel(gguf: Gguf): Model {
     keyLength: heads.keyLength,
     valueLength: heads.valueLength,
     feedForwardLength: largest(heads.feedForwardLengths),
-    expertFeedForwardLength: expertCount === 0 ? 0 : largest(keys.perLayer("expert_feed_forward_length", layerCountAll) ?? heads.feedForwardLengths),
+    expertFeedForwardLength:
+      expertCount === 0
+        ? 0
+        : largest(keys.perLayer("expert_feed_forward_length", layerCountAll) ?? heads.feedForwardLengths),
     vocabularySize: readVocabularySize(gguf, keys),
     trainedContextTokens,
     expertCount,
@@ -656,7 +764,9 @@ export function describeModel(gguf: Gguf): Model {
     tiedOutput,
     hasChatTemplate: (keys.text("tokenizer.chat_template") ?? "") !== "",
     generatesText,
-    kind: tensors.some((tensor) => tensor.role === "expert" || tensor.role === "expert-gate-up") ? "mixture-of-experts" : "dense",
+    kind: tensors.some((tensor) => tensor.role === "expert" || tensor.role === "expert-gate-up")
+      ? "mixture-of-experts"
+      : "dense",
     tensors,
     strides: tensors.flatMap((tensor) => (tensor.strides === null ? [] : [tensor.strides])),
     bytesByType: sumBy(tensors, (tensor) => tensor.typeName),

@@ -41,15 +41,29 @@ function systemError(path: string, cause: unknown): HypuraError {
       return new HypuraError("not-found", `there is no file ${show(path)}${suggestion(path)}`, { cause });
     case "EACCES":
     case "EPERM":
-      return new HypuraError("io", `${show(path)} may not be read by this user: change its permissions (chmod +r)`, { cause });
+      return new HypuraError(
+        "io",
+        `${show(path)} may not be read by this user: change its permissions (chmod +r)`,
+        { cause },
+      );
     case "ELOOP":
-      return new HypuraError("io", `${show(path)} is a symbolic link that leads back to itself: mend the link`, { cause });
+      return new HypuraError(
+        "io",
+        `${show(path)} is a symbolic link that leads back to itself: mend the link`,
+        { cause },
+      );
     case "EMFILE":
     case "ENFILE":
-      return new HypuraError("io", `${show(path)} cannot be opened, too many files are open: raise the limit (ulimit -n)`, { cause });
+      return new HypuraError(
+        "io",
+        `${show(path)} cannot be opened, too many files are open: raise the limit (ulimit -n)`,
+        { cause },
+      );
     default: {
       const reason = cause instanceof Error ? cause.message : String(cause);
-      return new HypuraError("io", `${show(path)} cannot be read (${reason}): check the disk and try again`, { cause });
+      return new HypuraError("io", `${show(path)} cannot be read (${reason}): check the disk and try again`, {
+        cause,
+      });
     }
   }
 }
@@ -95,7 +109,10 @@ function openFile(path: string): OpenFile {
     const kind = statSync(path);
     if (kind.isDirectory()) throw directoryError(path);
     if (!kind.isFile()) {
-      throw new HypuraError("not-a-model", `${show(path)} is a device, pipe or socket, not a file: give the path of a .gguf file`);
+      throw new HypuraError(
+        "not-a-model",
+        `${show(path)} is a device, pipe or socket, not a file: give the path of a .gguf file`,
+      );
     }
     descriptor = openSync(path, "r");
   } catch (cause) {
@@ -118,7 +135,13 @@ function sourceOf(file: OpenFile): ByteSource {
       while (done < buffer.length) {
         let count: number;
         try {
-          count = readSync(file.descriptor, buffer, done, Math.min(maxReadBytes, buffer.length - done), offsetBytes + done);
+          count = readSync(
+            file.descriptor,
+            buffer,
+            done,
+            Math.min(maxReadBytes, buffer.length - done),
+            offsetBytes + done,
+          );
         } catch (cause) {
           throw systemError(file.path, cause);
         }
@@ -159,7 +182,8 @@ function setPaths(path: string): readonly string[] {
 
 /** Opens, checks and describes the model at `path`: a file, or any file of a split set. */
 export function openModelFile(path: string): ModelFile {
-  if (path === "") throw new HypuraError("usage", "the path of the model is empty: give the path of a .gguf file");
+  if (path === "")
+    throw new HypuraError("usage", "the path of the model is empty: give the path of a .gguf file");
   return withFiles(setPaths(path), (files) => {
     const gguf = parseGguf(files.map((file) => ({ name: file.path, source: sourceOf(file) })));
     return {
@@ -178,5 +202,7 @@ export function readMetadataArray(file: ModelFile, key: string): readonly GgufSc
   if (value.values !== null) return value.values;
   const path = file.files[value.fileIndex]?.path;
   if (path === undefined) throw new HypuraError("internal", `the array ${show(key)} belongs to no open file`);
-  return withFiles([path], (files) => files.flatMap((open) => readArray(value, { name: open.path, source: sourceOf(open) })));
+  return withFiles([path], (files) =>
+    files.flatMap((open) => readArray(value, { name: open.path, source: sourceOf(open) })),
+  );
 }

@@ -70,10 +70,14 @@ export function parseBytes(text: string): number | null {
   return Number.isSafeInteger(Math.round(bytes)) ? Math.round(bytes) : null;
 }
 
-/** A bar of `width` cells: "█████░░░". `fraction` is held to 0..1. */
+const barParts = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"] as const;
+
+/** A bar of `width` cells, exact to an eighth: "█████▍░░". What is there at all is seen. `fraction` is held to 0..1. */
 export function bar(fraction: number, width: number): string {
-  const filled = Math.round(Math.min(1, Math.max(0, fraction)) * width);
-  return "█".repeat(filled) + "░".repeat(width - filled);
+  const share = Math.min(1, Math.max(0, fraction)) * width * 8;
+  const eighths = fraction > 0 ? Math.max(1, Math.round(share)) : 0;
+  const drawn = "█".repeat(Math.floor(eighths / 8)) + barParts[eighths % 8];
+  return drawn + "░".repeat(width - drawn.length);
 }
 
 /** Rows with columns padded to equal width, two spaces apart; numbers (by `right`) flush right. */

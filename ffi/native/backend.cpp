@@ -350,7 +350,7 @@ private:
     bool append(ggml_tensor * node);
     bool flush();
     bool fail(const std::string & sentence);
-    void release_computed(uint32_t first, uint32_t last);
+    void release_computed(uint32_t last);
     void release_everything();
 
     ggml_tensor * shadow(const ggml_tensor & like);
@@ -671,11 +671,13 @@ bool Computer::start_ready(Op & op) {
     return true;
 }
 
-// Strides that found no slot: gives back what is computed and asks again, the stage's own first.
+// Strides of the stage that found no slot: gives back what is computed and asks again.
 bool Computer::next_wave(uint32_t first, uint32_t last) {
+    const uint32_t from = ops_[first].first_lease;
+    const uint32_t behind = ops_[last - 1].first_lease + ops_[last - 1].lease_count;
     bool waiting = false;
     bool reading = false;
-    for (uint32_t i = ops_[first].first_lease; i < ops_[last - 1].first_lease + ops_[last - 1].lease_count; ++i) {
+    for (uint32_t i = from; i < behind; ++i) {
         waiting |= leases_[i].state == LeaseState::kWaiting;
         reading |= leases_[i].state == LeaseState::kReading;
     }
@@ -683,10 +685,10 @@ bool Computer::next_wave(uint32_t first, uint32_t last) {
         return true;
     }
     device_.wave_count++;
-    release_computed(first, last);
+    release_computed(last);
     for (Holding holding : {Holding::kLeases, Holding::kNothing}) {
         uint32_t count = 0;
-        for (uint32_t i = ops_[first].first_lease; i < lease_count_; ++i) {
+        for (uint32_t i = from; i < behind; ++i) {
             if (leases_[i].state == LeaseState::kWaiting) {
                 wave_[count] = leases_[i];
                 wave_at_[count++] = i;
@@ -702,8 +704,8 @@ bool Computer::next_wave(uint32_t first, uint32_t last) {
         if (begun.admitted_count > 0 || reading) {
             return true;
         }
-        // Later ops hold every slot: they can wait.
-        const uint32_t behind = ops_[last - 1].first_lease + ops_[last - 1].lease_count;
+        // Everything of this stage and before it is given back, so later ops hold the slots: they can wait, and then
+        // nothing is held and begin must give at least one.
         device_.stream.release({leases_.data() + behind, lease_count_ - behind});
         for (uint32_t i = behind; i < lease_count_; ++i) {
             leases_[i].state = LeaseState::kWaiting;
@@ -733,8 +735,9 @@ bool Computer::wait_for(uint32_t first, uint32_t last) {
     return fail(std::string("a streamed weight could not be read: ") + text);
 }
 
-void Computer::release_computed(uint32_t first, uint32_t last) {
-    for (uint32_t i = ops_[first].first_lease; i < ops_[last - 1].first_lease + ops_[last - 1].lease_count; ++i) {
+// Of the ops before `last`; nothing of them may be waiting for a flush.
+void Computer::release_computed(uint32_t last) {
+    for (uint32_t i = 0; i < ops_[last - 1].first_lease + ops_[last - 1].lease_count; ++i) {
         if (computed_[i] && leases_[i].state == LeaseState::kReady) {
             device_.stream.release({leases_.data() + i, 1});
         }
@@ -976,6 +979,7 @@ bool Computer::compute_gathered(Op & op, const Lease & lease) {
     all_in->nb[2] = all_in->nb[3] = all_in->nb[1] * static_cast<size_t>(in_rows);
     ggml_tensor * gathered =
         fresh(GGML_TYPE_F32, {input->ne[0], pairs, 1}, take(pairs * static_cast<uint64_t>(input->ne[0]) * sizeof(float)), buffer);
+    gathered->flags |= GGML_TENSOR_FLAG_COMPUTE;
     gathered->op = GGML_OP_GET_ROWS;
     gathered->src[0] = all_in;
     gathered->src[1] = from;
@@ -990,6 +994,7 @@ bool Computer::compute_gathered(Op & op, const Lease & lease) {
     rows->nb[3] = rows->nb[2] * pairs;
     ggml_tensor * product = fresh(GGML_TYPE_F32, {op.node->ne[0], 1, pairs},
                                   take(pairs * static_cast<uint64_t>(op.node->ne[0]) * sizeof(float)), buffer);
+    product->flags |= GGML_TENSOR_FLAG_COMPUTE;
     product->op = op.node->op;
     memcpy(product->op_params, op.node->op_params, sizeof product->op_params);
     product->src[0] = shadow_weight(op, lease, 1);
@@ -1007,6 +1012,7 @@ bool Computer::compute_gathered(Op & op, const Lease & lease) {
     all_out->nb[1] = row_step(op.node);
     all_out->nb[2] = all_out->nb[3] = all_out->nb[1] * static_cast<size_t>(out_rows);
     ggml_tensor * scattered = shadow(*all_out);
+    scattered->flags |= GGML_TENSOR_FLAG_COMPUTE;
     scattered->op = GGML_OP_SET_ROWS;
     scattered->src[0] = result;
     scattered->src[1] = to;

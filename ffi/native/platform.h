@@ -88,7 +88,8 @@ constexpr uint64_t kDirectAlign = 4096;
 
 enum class Access : uint8_t { kBuffered, kDirect };
 
-// >= 0: a descriptor, read only, close-on-exec. < 0: -errno (direct access that the file system has not is -EINVAL).
+// Neither kind reads ahead by itself. >= 0: a descriptor, read only, close-on-exec. < 0: -errno (direct access that the
+// file system has not is -EINVAL).
 int open_read(const char* path, Access access);
 void close_file(int descriptor);
 

@@ -1,4 +1,4 @@
-// platform.h on Darwin: F_NOCACHE, superpage-free anonymous memory, proc_pid_rusage. Darwin chooses its page size
+// platform.h on Darwin: F_NOCACHE, base-page anonymous memory, proc_pid_rusage. Darwin chooses its page size
 // itself (16 KiB on Apple silicon) and gives programs no transparent huge pages, so PageKind::kHuge means base pages.
 #include "platform.h"
 
@@ -59,14 +59,12 @@ int open_read(const char* path, Access access) {
     if (descriptor < 0) {
         return -errno;
     }
-    if (access == Access::kDirect) {
-        // F_RDAHEAD off: the kernel's own read-ahead would fill the page cache that F_NOCACHE keeps empty.
-        if (fcntl(descriptor, F_NOCACHE, 1) != 0) {
-            close(descriptor);
-            return -EINVAL;
-        }
-        fcntl(descriptor, F_RDAHEAD, 0);
+    if (access == Access::kDirect && fcntl(descriptor, F_NOCACHE, 1) != 0) {
+        close(descriptor);
+        return -EINVAL;
     }
+    // The kernel's own read-ahead would fetch what nobody asked for.
+    fcntl(descriptor, F_RDAHEAD, 0);
     return descriptor;
 }
 

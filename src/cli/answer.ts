@@ -4,10 +4,24 @@
 import { type Answer, type Piece, PromptTooLongError } from "../generate";
 import { HypuraError } from "../errors";
 import { countText, rateText } from "../text";
-import { printAnswer, stderr, tell } from "./terminal";
+import { printAnswer, stderr, stdout, tell } from "./terminal";
 
 /** Prints the pieces as they come and gives the answer. stdout then stands where the model's text ended. */
 export async function showAnswer(pieces: AsyncIterable<Piece>): Promise<Answer> {
+  let hasText = false;
+  try {
+    return await showPieces(pieces, () => {
+      hasText = true;
+    });
+  } catch (error) {
+    if (hasText && stdout.isTerminal) {
+      tell("\n"); // what is said about the error begins its own line
+    }
+    throw error;
+  }
+}
+
+async function showPieces(pieces: AsyncIterable<Piece>, onText: () => void): Promise<Answer> {
   let isThinking = false;
   for await (const piece of pieces) {
     switch (piece.type) {
@@ -23,6 +37,7 @@ export async function showAnswer(pieces: AsyncIterable<Piece>): Promise<Answer> 
           tell("\n");
           isThinking = false;
         }
+        onText();
         await printAnswer(piece.text);
         break;
       case "end":
@@ -54,9 +69,11 @@ export function speedText({ timings }: Answer): string {
   );
 }
 
-/** No rate where nothing was measured. */
+/** Less is no measurement: the engine's clock for a lone token starts after it. */
+const leastSeconds = 1e-4;
+
 function withRate(what: string, tokens: number, seconds: number): string {
-  return tokens === 0 || seconds <= 0 ? what : `${what} at ${rateText(tokens / seconds)}`;
+  return tokens === 0 || seconds < leastSeconds ? what : `${what} at ${rateText(tokens / seconds)}`;
 }
 
 /** A prompt that is too long, in the words of the command line. */

@@ -38,7 +38,8 @@ export async function chat(engine: Engine, setup: ChatSetup): Promise<number> {
   const isTerminal = process.stdin.isTTY === true && stderr.isTerminal;
   if (isTerminal) {
     const room = `${countText(engine.info.contextTokens)} tokens of context`;
-    consola.info(`${engine.plan.model.name}, ${room}. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.`);
+    consola.info(`${engine.plan.model.name}, ${room}`);
+    consola.info("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves");
   }
   const lines = openLines(stderr.paint("bold", promptMark));
   try {

@@ -4,6 +4,7 @@
 
 import type { ArgDef, ArgsDef, CommandDef } from "citty";
 import { HypuraError } from "../errors";
+import type { PlanLimits } from "../plan";
 import { nearest, parseBytes } from "../text";
 
 export interface Command {
@@ -151,4 +152,21 @@ export function bytesFlag(name: string, text: string | undefined): number | unde
 export function repeatedFlag(name: string, words: readonly string[]): readonly string[] {
   const flags = words.slice(0, words.indexOf("--"));
   return flags.filter((word) => word.startsWith(`--${name}=`)).map((word) => word.slice(name.length + 3));
+}
+
+/** What may be asked of a plan; the same words in every command that makes one. */
+export const limitArgs = {
+  context: { type: "string", alias: "c", description: "Tokens the model can look back on (4,096 if it fits)", valueHint: "N" },
+  threads: { type: "string", alias: "t", description: "Compute threads (one for each core)", valueHint: "N" },
+  memory: { type: "string", alias: "m", description: "Use at most this much memory, such as 8G", valueHint: "SIZE" },
+} as const;
+
+/** The limits that these flags give. */
+export function limitsOf(flags: { readonly [Name in keyof typeof limitArgs]?: string | undefined }): PlanLimits {
+  return {
+    contextTokens: numberFlag("context", flags.context, { least: 16, most: 16_777_216, integer: true }) ?? null,
+    slotCount: 1,
+    threads: numberFlag("threads", flags.threads, { least: 1, most: 512, integer: true }) ?? null,
+    memoryBytes: bytesFlag("memory", flags.memory) ?? null,
+  };
 }

@@ -9,7 +9,7 @@ import { type Answer, answerOf, type GenerateOptions, generate, type Message, ty
 import { type Plan, totalBytes } from "../plan";
 import { bytesText, countText, durationText } from "../text";
 import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
-import { bytesFlag, command, numberFlag, repeatedFlag } from "./command";
+import { command, limitArgs, limitsOf, numberFlag, repeatedFlag } from "./command";
 import { print, stderr, tell } from "./terminal";
 
 const args = {
@@ -19,9 +19,7 @@ const args = {
   interactive: { type: "boolean", alias: "i", description: "Chat (as on a terminal without a prompt)" },
   system: { type: "string", alias: "s", description: "Instructions that stand before the conversation", valueHint: "TEXT" },
   "max-tokens": { type: "string", alias: "n", description: "Stop after so many tokens (512; in a chat no limit)", valueHint: "N" },
-  context: { type: "string", alias: "c", description: "Tokens the model can look back on (4,096 if it fits)", valueHint: "N" },
-  threads: { type: "string", alias: "t", description: "Compute threads (one for each core)", valueHint: "N" },
-  memory: { type: "string", alias: "m", description: "Use at most this much memory, such as 8G", valueHint: "SIZE" },
+  ...limitArgs,
   seed: { type: "string", description: "Same seed, same answer", valueHint: "N" },
   temp: { type: "string", description: "Temperature; 0 takes the likeliest token each time", valueHint: "X" },
   "top-k": { type: "string", description: "Sample among the K likeliest tokens; 0 is all", valueHint: "K" },
@@ -68,7 +66,7 @@ export const runCommand = command(
       'hypura run model.gguf --prompt "Once upon a time" --raw    continue a text',
     ],
     notes: [
-      "The answer is on stdout, all else on stderr: `hypura run ... > answer.txt` holds the answer and nothing more.\n" +
+      "The answer is on stdout, all else on stderr: `hypura run ... > answer.txt` holds the answer alone.\n" +
         "What a reasoning model thinks is shown dimmed on a terminal only; --json has it too.\n" +
         "Ctrl-C ends the answer where it is. In the chat, /help lists the commands.",
     ],
@@ -130,13 +128,9 @@ interface Prepared {
 
 /** The plan of this run, said where it is not what was asked for. */
 function prepareRun(flags: Flags, isChat: boolean): Prepared {
-  const contextTokens = numberFlag("context", flags.context, { least: 16, most: 16_777_216, integer: true }) ?? null;
-  const { file, plan } = prepare(flags.model as string, {
-    contextTokens,
-    slotCount: 1,
-    threads: numberFlag("threads", flags.threads, { least: 1, most: 512, integer: true }) ?? null,
-    memoryBytes: bytesFlag("memory", flags.memory) ?? null,
-  });
+  const limits = limitsOf(flags);
+  const { contextTokens } = limits;
+  const { file, plan } = prepare(flags.model as string, limits);
   const { trainedContextTokens, hasChatTemplate } = file.model;
   if (contextTokens !== null && contextTokens > plan.contextTokens) {
     consola.warn(
@@ -212,6 +206,7 @@ function decode(bytes: Uint8Array, source: string): string {
 }
 
 async function open(plan: Plan, verbose: boolean): Promise<Engine> {
+  const started = performance.now();
   let shown = false;
   const engine = await openEngine(plan, {
     onProgress: (fraction) => {
@@ -230,6 +225,9 @@ async function open(plan: Plan, verbose: boolean): Promise<Engine> {
       tell("\r\x1b[K");
     }
   });
+  if (verbose) {
+    consola.info(`loaded: ${durationText((performance.now() - started) / 1000)}`);
+  }
   return engine;
 }
 
@@ -254,20 +252,23 @@ async function answerOnce(engine: Engine, prompt: Prompt, options: GenerateOptio
     await print(`${JSON.stringify({ model: plan.model.name, mode: plan.mode, ...answer, peakBytes: peakBytes() })}\n`);
   } else {
     await print("\n");
-    consola.info(summary(engine.plan, answer));
+    consola.info(summary(engine, answer));
   }
   if (answer.finish === "cancelled") {
     process.exitCode = exitStatus("cancelled");
   }
 }
 
-/** The line after an answer: speed, where the bytes were, why it ended. */
-function summary(plan: Plan, answer: Answer): string {
+/** The line after an answer: speed, where the bytes are, why it ended. */
+function summary({ plan, info }: Engine, answer: Answer): string {
+  const { weightBytes, poolBytes } = plan.memory;
+  const nvmeBytes = plan.tensors.reduce((sum, { tier, sizeBytes }) => sum + (tier === "nvme" ? sizeBytes : 0), 0);
+  const pool = poolBytes === 0 ? "" : ` with a pool of ${bytesText(poolBytes)}`;
   return [
     speedText(answer),
-    `${plan.mode}: ${bytesText(plan.memory.weightBytes)} in ram, 0 B on nvme`,
+    `${plan.mode}: ${bytesText(weightBytes + poolBytes)} in ram${pool}, ${bytesText(nvmeBytes)} on nvme`,
     `peak ${bytesText(peakBytes())} of ${bytesText(totalBytes(plan.memory))} planned`,
-    endText(answer, plan.contextTokens),
+    endText(answer, info.contextTokens),
   ].join(", ");
 }
 

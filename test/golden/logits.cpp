@@ -8,6 +8,8 @@
 
 #include "llama.h"
 
+#include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstring>
@@ -170,6 +172,15 @@ int main(int argc, char ** argv) {
     while (equal < plain.size() && equal < engine_rows.size() && plain[equal].size() == engine_rows[equal].size() &&
            memcmp(plain[equal].data(), engine_rows[equal].data(), plain[equal].size() * sizeof(float)) == 0) {
         ++equal;
+    }
+    if (equal < plain.size() && equal < engine_rows.size()) {
+        double largest = 0;
+        double scale = 0;
+        for (size_t i = 0; i < plain[equal].size(); ++i) {
+            largest = std::max(largest, static_cast<double>(std::abs(plain[equal][i] - engine_rows[equal][i])));
+            scale = std::max(scale, static_cast<double>(std::abs(plain[equal][i])));
+        }
+        fprintf(stderr, "step %zu differs by up to %g, where the largest logit is %g\n", equal, largest, scale);
     }
     const bool all = equal == plain.size() && engine_rows.size() == plain.size();
     printf("{\"steps\":%zu,\"engineSteps\":%zu,\"equalSteps\":%zu,\"vocabTokens\":%zu}\n", plain.size(),
