@@ -38,7 +38,8 @@ export type GgufElementType =
 
 /**
  * An array of the metadata. Short ones carry their `values`; long ones (a vocabulary has 150,000 strings) say
- * where they lie, and `readArray` fetches them for who asks.
+ * where they lie, and `readArray` fetches them for who asks. A text of more than a megabyte is kept in the same
+ * way, as an array of one string.
  */
 export interface GgufArray {
   readonly elementType: GgufElementType;
@@ -85,7 +86,7 @@ export interface GgufLimits {
   readonly maxTensorCount: number;
   readonly maxMetadataCount: number;
   readonly maxKeyBytes: number;
-  /** The longest known value, a whole tokenizer as JSON, has about 30 MB. */
+  /** GGUF_MAX_STRING_LENGTH in gguf.cpp. */
   readonly maxStringBytes: number;
   /** Strings must be walked one by one; the largest vocabularies have 262,144 tokens and 512,000 merges. */
   readonly maxStringCount: number;
@@ -100,8 +101,8 @@ export const defaultLimits: GgufLimits = {
   maxTensorCount: 262_144,
   maxMetadataCount: 65_536,
   maxKeyBytes: 65_535,
-  maxStringBytes: 67_108_864,
-  maxStringCount: 4_194_304,
+  maxStringBytes: 1_073_741_824,
+  maxStringCount: 2_097_152,
   maxArrayCount: 1_073_741_824,
   maxHeaderBytes: 1_073_741_824,
   maxFileCount: 65_535,
@@ -118,6 +119,10 @@ const windowBytes = 65_536;
 /** Arrays up to this length are per-layer hyperparameters (LLAMA_MAX_LAYERS is 512) and wanted at once. */
 const eagerArrayCount = 1024;
 const eagerArrayBytes = 65_536;
+/** Longer texts (a whole tokenizer as JSON has 30 MB) stay in the file, as an array of one string. */
+const eagerTextBytes = 1_048_576;
+/** All texts that a file's metadata brings into memory. */
+const eagerTotalTextBytes = 16_777_216;
 /** All eager arrays of a file together, so that many short arrays cost no more than a long one. */
 const eagerTotalCount = 262_144;
 
@@ -239,6 +244,8 @@ interface Cursor {
   remaining(): number;
   bytes(lengthBytes: number, what: string): Uint8Array;
   skip(lengthBytes: number, what: string): void;
+  /** Passes over `count` strings; a vocabulary has hundreds of thousands, so this is the one hot loop here. */
+  skipStrings(count: number, what: string): void;
   u32(what: string): number;
   /** A 64-bit count, length or offset; refused where a number could not hold it exactly. */
   u64(what: string): number;
@@ -354,7 +361,23 @@ function openCursor(file: NamedSource, startBytes: number, maxBytes: number): Cu
     skip(lengthBytes, what) {
       checkRoom(lengthBytes, what);
       at += lengthBytes;
-      // A skip may leave the window on either side only forwards, so need() reloads by itself.
+      // It may leave the window, but only forwards: need() then loads another.
+    },
+    skipStrings(count, what) {
+      for (let i = 0; i < count; i++) {
+        const index = at - windowStart;
+        // Short strings inside the window, without a call; everything else takes the checked way.
+        if (index + 8 <= window.length && view.getUint32(index + 4, true) === 0) {
+          const lengthBytes = view.getUint32(index, true);
+          if (index + 8 + lengthBytes <= window.length) {
+            at += 8 + lengthBytes;
+            continue;
+          }
+        }
+        const lengthBytes = u64(what);
+        checkRoom(lengthBytes, what);
+        at += lengthBytes;
+      }
     },
     u32(what) {
       const index = need(4, what);
@@ -514,8 +537,8 @@ interface HeaderContext {
   readonly file: NamedSource;
   readonly fileIndex: number;
   readonly limits: GgufLimits;
-  /** How many elements may still be turned into values at once, and how many strings may still be walked. */
-  readonly left: { eagerCount: number; stringCount: number };
+  /** What may still be spent: elements turned into values at once, strings walked, bytes of text kept. */
+  readonly left: { eagerCount: number; stringCount: number; textBytes: number };
 }
 
 function readArrayValue(cursor: Cursor, key: string, context: HeaderContext): GgufArray {
@@ -542,16 +565,7 @@ function readArrayValue(cursor: Cursor, key: string, context: HeaderContext): Gg
         `${what} brings its strings to more than ${limits.maxStringCount}, the limit`,
       );
     }
-    for (let i = 0; i < count; i++) {
-      const lengthBytes = cursor.u64(what);
-      if (lengthBytes > limits.maxStringBytes) {
-        throw corrupt(
-          cursor.name,
-          `string ${i} of ${what} claims ${lengthBytes} bytes, the limit is ${limits.maxStringBytes}`,
-        );
-      }
-      cursor.skip(lengthBytes, what);
-    }
+    cursor.skipStrings(count, what);
   } else {
     cursor.skip(count * type.sizeBytes, what);
   }
@@ -574,6 +588,25 @@ export function readArray(array: GgufArray, file: NamedSource): readonly GgufSca
   );
 }
 
+/** A string value; one too long to be wanted stays where it lies. */
+function readText(cursor: Cursor, what: string, context: HeaderContext): GgufValue {
+  const { limits, left, fileIndex } = context;
+  const offsetBytes = cursor.position();
+  const lengthBytes = cursor.u64(`the length of ${what}`);
+  if (lengthBytes > limits.maxStringBytes) {
+    throw corrupt(
+      cursor.name,
+      `${what} at byte ${offsetBytes} claims ${lengthBytes} bytes, the limit is ${limits.maxStringBytes}`,
+    );
+  }
+  if (lengthBytes > Math.min(eagerTextBytes, left.textBytes)) {
+    cursor.skip(lengthBytes, what);
+    return { elementType: "str", count: 1, fileIndex, offsetBytes, sizeBytes: 8 + lengthBytes, values: null };
+  }
+  left.textBytes -= lengthBytes;
+  return lenientUtf8.decode(cursor.bytes(lengthBytes, what));
+}
+
 function readMetadata(cursor: Cursor, keyCount: number, context: HeaderContext): Map<string, GgufValue> {
   const metadata = new Map<string, GgufValue>();
   for (let i = 0; i < keyCount; i++) {
@@ -585,9 +618,14 @@ function readMetadata(cursor: Cursor, keyCount: number, context: HeaderContext):
       continue;
     }
     const type = valueTypes.get(typeId);
-    if (type === undefined)
+    if (type === undefined) {
       throw corrupt(cursor.name, `the metadata key ${quote(key)} has the unknown type ${typeId}`);
-    metadata.set(key, cursor.scalar(type.name, `the value of ${quote(key)}`, context.limits.maxStringBytes));
+    }
+    const what = `the value of ${quote(key)}`;
+    metadata.set(
+      key,
+      type.name === "str" ? readText(cursor, what, context) : cursor.scalar(type.name, what, 0),
+    );
   }
   return metadata;
 }
@@ -732,7 +770,11 @@ function parseFile(file: NamedSource, fileIndex: number, limits: GgufLimits): Pa
     eachBytes: 14,
   });
   checkCount(cursor, { what: "tensors", count: tensorCount, limit: limits.maxTensorCount, eachBytes: 25 });
-  const left = { eagerCount: eagerTotalCount, stringCount: limits.maxStringCount };
+  const left = {
+    eagerCount: eagerTotalCount,
+    stringCount: limits.maxStringCount,
+    textBytes: eagerTotalTextBytes,
+  };
   const metadata = readMetadata(cursor, keyCount, { file, fileIndex, limits, left });
   const alignment = readAlignment(file.name, metadata);
   const entries: DirectoryEntry[] = [];

@@ -7,6 +7,7 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -175,8 +176,9 @@ struct StreamDevice::Impl {
     std::atomic<uint64_t> op_count{0};
     std::atomic<uint64_t> delegate_calls{0};
     std::atomic<uint64_t> wave_count{0};
-    std::atomic<uint64_t> expert_product_count{0};
+    std::atomic<uint64_t> gathered_count{0};
     std::atomic<uint64_t> loader_bytes{0};
+    std::atomic<bool> probing{true};
     uint32_t last_order = UINT32_MAX; // of the last streamed op; a smaller one starts a pass. One context decodes at a time
 
     Impl(StreamingSpec s, DelegateFactory & d) : spec(std::move(s)), delegate(d) {}
@@ -280,7 +282,6 @@ struct Op {
     uint32_t first_lease = 0;
     uint32_t lease_count = 0;
     bool routed = false; // MUL_MAT_ID
-    bool started = false; // some of its experts are computed
     uint32_t computed = 0;
 
     uint32_t used_count() const { return routed ? static_cast<uint32_t>(node->src[2]->ne[0]) : 1; }
@@ -344,15 +345,25 @@ private:
     bool wait_for(uint32_t first, uint32_t last);
     bool compute_whole(Op & op, const Lease & lease);
     bool compute_span(Op & op);
-    bool span_fits(const Op & op) const;
     bool compute_single(Op & op, const Lease & lease);
-    bool compute_gathered(Op & op, const Lease & lease);
+    bool compute_gathered(Op & op, uint32_t group_from, uint32_t group_to);
+    uint32_t group_end(const Op & op, uint32_t from) const;
+    bool one_span(const Op & op, uint32_t from, uint32_t to, uint64_t pairs) const;
+    struct SlotSpan {
+        uint32_t lowest; // lease
+        uint32_t slots;
+    };
+    SlotSpan span_of(uint32_t from, uint32_t to) const;
+    class SlotTable;
     bool append(ggml_tensor * node);
     bool flush();
     bool fail(const std::string & sentence);
     void release_computed(uint32_t last);
     void release_everything();
 
+    void add_node(ggml_tensor * node, ggml_op op, std::array<ggml_tensor *, 3> sources);
+    ggml_tensor * all_rows(const ggml_tensor * t);
+    ggml_tensor * reshaped(const ggml_tensor & t, Shape shape);
     ggml_tensor * shadow(const ggml_tensor & like);
     ggml_tensor * fresh(ggml_type type, Shape shape, void * data, ggml_backend_buffer_t buffer);
     ggml_tensor * shadow_weight(const Op & op, const Lease & lease, uint32_t slots);
@@ -376,6 +387,9 @@ private:
     std::vector<Lease> leases_;
     std::vector<uint8_t> computed_; // by lease
     uint32_t lease_count_ = 0;
+    std::vector<uint32_t> ready_;   // leases of the op at hand that are ready and not computed
+    uint32_t ready_count_ = 0;
+    uint32_t gather_pairs_ = 0;     // that the scratch holds at once
     std::vector<Lease> wave_;       // leases on their way into a begin
     std::vector<uint32_t> wave_at_; // where they came from
     std::vector<uint32_t> place_;   // expert -> lease of the op at hand
@@ -403,6 +417,8 @@ Computer::Computer(StreamDevice::Impl & device) : device_(device), delegate_(dev
     ops_.resize(256);
     leases_.resize(lease_capacity);
     computed_.resize(lease_capacity);
+    ready_.resize(lease_capacity);
+    gather_pairs_ = 2 * tokens;
     wave_.resize(lease_capacity);
     wave_at_.resize(lease_capacity);
     place_.assign(largest, UINT32_MAX);
@@ -438,6 +454,9 @@ Computer::Computer(StreamDevice::Impl & device) : device_(device), delegate_(dev
 }
 
 ggml_status Computer::compute(ggml_cgraph * cgraph) {
+    if (device_.probing) {
+        return GGML_STATUS_SUCCESS; // nobody looks at the result
+    }
     const bool done = run(cgraph);
     if (!done) {
         ggml_graph_clear(graph_); // what was not computed yet is not wanted any more
@@ -637,38 +656,50 @@ bool Computer::run_stage(uint32_t first, uint32_t last) {
     }
 }
 
-// Puts the op's products on ready strides into the graph.
+// Puts the op's products on ready strides into the graph: all at once where that is possible, else what is ready in as
+// few products as the scratch allows.
 bool Computer::start_ready(Op & op) {
-    uint32_t ready = 0;
+    ready_count_ = 0;
     for (uint32_t i = op.first_lease; i < op.first_lease + op.lease_count; ++i) {
-        if (leases_[i].state == LeaseState::kFailed) {
-            return wait_for(static_cast<uint32_t>(&op - ops_.data()), static_cast<uint32_t>(&op - ops_.data()) + 1);
+        if (!computed_[i] && leases_[i].state == LeaseState::kReady) {
+            ready_[ready_count_++] = i;
         }
-        ready += !computed_[i] && leases_[i].state == LeaseState::kReady;
     }
-    if (ready == 0) {
+    if (ready_count_ == 0) {
         return true;
     }
-    if (op.routed && !op.started && ready == op.lease_count && span_fits(op)) {
-        op.computed = op.lease_count;
-        std::fill_n(computed_.begin() + op.first_lease, op.lease_count, uint8_t{1});
-        return compute_span(op);
-    }
-    for (uint32_t i = op.first_lease; i < op.first_lease + op.lease_count; ++i) {
-        if (computed_[i] || leases_[i].state != LeaseState::kReady) {
-            continue;
+    bool added = true;
+    if (!op.routed) {
+        added = compute_whole(op, leases_[ready_[0]]);
+    } else if (ready_count_ == op.lease_count && one_span(op, 0, ready_count_, op.used_count() * op.token_count())) {
+        added = compute_span(op);
+    } else {
+        for (uint32_t from = 0; from < ready_count_ && added;) {
+            const uint32_t to = group_end(op, from);
+            added = op.token_count() == 1 && to == from + 1 ? compute_single(op, leases_[ready_[from]])
+                                                            : compute_gathered(op, from, to);
+            from = to;
         }
-        const bool added = !op.routed                ? compute_whole(op, leases_[i])
-                           : op.token_count() == 1 ? compute_single(op, leases_[i])
-                                                     : compute_gathered(op, leases_[i]);
-        if (!added) {
-            return false;
-        }
-        computed_[i] = 1;
-        op.computed++;
-        op.started = true;
     }
-    return true;
+    for (uint32_t i = 0; i < ready_count_; ++i) {
+        computed_[ready_[i]] = 1;
+    }
+    op.computed += ready_count_;
+    return added;
+}
+
+// Ready leases from `from` on that go into one product.
+uint32_t Computer::group_end(const Op & op, uint32_t from) const {
+    uint32_t pairs = leases_[ready_[from]].token_count;
+    uint32_t to = from + 1;
+    while (to < ready_count_) {
+        pairs += leases_[ready_[to]].token_count;
+        if (pairs > gather_pairs_ || !one_span(op, from, to + 1, pairs)) {
+            break;
+        }
+        ++to;
+    }
+    return to;
 }
 
 // Strides of the stage that found no slot: gives back what is computed and asks again.
@@ -852,25 +883,60 @@ bool Computer::compute_whole(Op & op, const Lease & lease) {
     return true;
 }
 
-// All experts of the op as one product over the span of their slots. Possible when they lie at one phase; worth it
-// while the kernel's tables, (slots spanned) x (pairs), stay within the plan's bound.
-bool Computer::span_fits(const Op & op) const {
-    uint32_t low = UINT32_MAX;
-    uint32_t high = 0;
-    const Lease & one = leases_[op.first_lease];
-    for (uint32_t i = op.first_lease; i < op.first_lease + op.lease_count; ++i) {
-        low = std::min(low, leases_[i].slot_index);
-        high = std::max(high, leases_[i].slot_index);
-        if (leases_[i].phase_bytes != one.phase_bytes || leases_[i].class_index != one.class_index) {
+// Several slots are one weight to the delegate when their strides lie at one phase. Worth it while the kernel's tables,
+// (slots spanned) x (pairs) of two 32-bit numbers, stay within the plan's bound.
+bool Computer::one_span(const Op & op, uint32_t from, uint32_t to, uint64_t pairs) const {
+    const Lease & one = leases_[ready_[from]];
+    uint32_t low = one.slot_index;
+    uint32_t high = one.slot_index;
+    for (uint32_t i = from; i < to; ++i) {
+        const Lease & lease = leases_[ready_[i]];
+        low = std::min(low, lease.slot_index);
+        high = std::max(high, lease.slot_index);
+        if (lease.phase_bytes != one.phase_bytes) {
             return false;
         }
     }
     const uint64_t slot_bytes = device_.spec.stream.classes[one.class_index].slot_bytes;
-    const uint64_t pairs = static_cast<uint64_t>(op.used_count()) * op.token_count();
     return slot_bytes % ggml_type_size(op.node->src[0]->type) == 0 &&
            (high - low + 1) * pairs * 2 * sizeof(int32_t) <= device_.spec.span_work_bytes;
 }
 
+// The lowest slot of a group, and how many slots it spans.
+Computer::SlotSpan Computer::span_of(uint32_t from, uint32_t to) const {
+    uint32_t low = ready_[from];
+    uint32_t high = 0;
+    for (uint32_t i = from; i < to; ++i) {
+        low = leases_[ready_[i]].slot_index < leases_[low].slot_index ? ready_[i] : low;
+        high = std::max(high, leases_[ready_[i]].slot_index);
+    }
+    return {low, high - leases_[low].slot_index + 1};
+}
+
+// While it lives, place_ tells for each expert of the group its slot within the span.
+class Computer::SlotTable {
+public:
+    SlotTable(Computer & c, const Op & op, uint32_t from, uint32_t to, uint32_t lowest)
+        : c_(c), first_(op.weight->spec->first_stride), from_(from), to_(to) {
+        for (uint32_t i = from; i < to; ++i) {
+            const Lease & lease = c.leases_[c.ready_[i]];
+            c.place_[lease.stride_index - first_] = lease.slot_index - lowest;
+        }
+    }
+    ~SlotTable() {
+        for (uint32_t i = from_; i < to_; ++i) {
+            c_.place_[c_.leases_[c_.ready_[i]].stride_index - first_] = UINT32_MAX;
+        }
+    }
+
+private:
+    Computer & c_;
+    const uint32_t first_;
+    const uint32_t from_;
+    const uint32_t to_;
+};
+
+// All experts of the op, where its rows stand.
 bool Computer::compute_span(Op & op) {
     if (!room_for(3)) {
         return false;
@@ -881,24 +947,18 @@ bool Computer::compute_span(Op & op) {
     if (at == nullptr) {
         return false;
     }
-    uint32_t low = op.first_lease;
-    uint32_t high = 0;
-    for (uint32_t i = op.first_lease; i < op.first_lease + op.lease_count; ++i) {
-        low = leases_[i].slot_index < leases_[low].slot_index ? i : low;
-        high = std::max(high, leases_[i].slot_index);
-        place_[leases_[i].stride_index - op.weight->spec->first_stride] = leases_[i].slot_index;
-    }
-    for (uint32_t t = 0, n = 0; t < op.token_count(); ++t) {
-        for (uint32_t u = 0; u < op.used_count(); ++u, ++n) {
-            span_ids_[n] = static_cast<int32_t>(place_[static_cast<uint32_t>(expert_at(op, u, t))] - leases_[low].slot_index);
+    const SlotSpan span = span_of(0, ready_count_);
+    {
+        const SlotTable table(*this, op, 0, ready_count_, leases_[span.lowest].slot_index);
+        for (uint32_t t = 0, n = 0; t < op.token_count(); ++t) {
+            for (uint32_t u = 0; u < op.used_count(); ++u, ++n) {
+                span_ids_[n] = static_cast<int32_t>(place_[static_cast<uint32_t>(expert_at(op, u, t))]);
+            }
         }
-    }
-    for (uint32_t i = op.first_lease; i < op.first_lease + op.lease_count; ++i) {
-        place_[leases_[i].stride_index - op.weight->spec->first_stride] = UINT32_MAX;
     }
     ggml_tensor * slots = fresh(GGML_TYPE_I32, {ids->ne[0], ids->ne[1], 1}, at, scratch_.buffer());
     ggml_backend_tensor_set(slots, span_ids_.data(), 0, pairs * sizeof(int32_t));
-    ggml_tensor * w = shadow_weight(op, leases_[low], high - leases_[low].slot_index + 1);
+    ggml_tensor * w = shadow_weight(op, leases_[span.lowest], span.slots);
     ggml_tensor * m = shadow(*op.node);
     m->src[0] = w;
     m->src[2] = slots;
@@ -928,98 +988,89 @@ bool Computer::compute_single(Op & op, const Lease & lease) {
         m->src[1] = row;
         m->src[2] = fresh(GGML_TYPE_I32, {1, 1, 1}, zero_ids_, scratch_.buffer());
         ggml_graph_add_node(graph_, m);
-        device_.expert_product_count++;
     }
     return true;
 }
 
-// One expert, several tokens: its rows gathered, multiplied, and scattered to their places. A row's bits do not depend
-// on its neighbours (ggml's product takes rows one by one, and chooses its kernel by their number, which is the same).
-bool Computer::compute_gathered(Op & op, const Lease & lease) {
-    const auto expert = static_cast<int32_t>(lease.stride_index - op.weight->spec->first_stride);
+// Some experts, all their (token, expert) pairs: rows gathered, multiplied, and scattered to their places. A row's bits
+// do not depend on its neighbours: ggml takes the rows of an expert one by one, and chooses the kernel by their number,
+// which is the same as in the whole product because an expert's rows are never divided.
+bool Computer::compute_gathered(Op & op, uint32_t group_from, uint32_t group_to) {
     const ggml_tensor * input = op.node->src[1];
     if (!rows_are_even(input) || !rows_are_even(op.node)) {
         return fail("the rows around " + op.weight->spec->name + " lie in a way that streaming does not know");
     }
-    const int64_t in_rows = input->ne[1] * input->ne[2];
-    const int64_t out_rows = op.node->ne[1] * op.node->ne[2];
+    const SlotSpan span = span_of(group_from, group_to);
     uint32_t pairs = 0;
-    for (uint32_t t = 0; t < op.token_count(); ++t) {
-        for (uint32_t u = 0; u < op.used_count(); ++u) {
-            if (expert_at(op, u, t) == expert) {
-                pair_rows_[pairs] = static_cast<int32_t>(t * input->ne[1] + u % static_cast<uint32_t>(input->ne[1]));
-                pair_rows64_[pairs++] = static_cast<int64_t>(t) * op.node->ne[1] + u;
+    {
+        const SlotTable table(*this, op, group_from, group_to, leases_[span.lowest].slot_index);
+        for (uint32_t t = 0; t < op.token_count(); ++t) {
+            for (uint32_t u = 0; u < op.used_count(); ++u) {
+                const uint32_t slot = place_[static_cast<uint32_t>(expert_at(op, u, t))];
+                if (slot != UINT32_MAX) {
+                    span_ids_[pairs] = static_cast<int32_t>(slot);
+                    pair_rows_[pairs] = static_cast<int32_t>(t * input->ne[1] + u % static_cast<uint32_t>(input->ne[1]));
+                    pair_rows64_[pairs++] = static_cast<int64_t>(t) * op.node->ne[1] + u;
+                }
             }
         }
     }
-    if (pairs > device_.spec.ubatch_tokens) {
-        return fail("the router chose one expert twice for a token in " + op.weight->spec->name);
-    }
-    const uint64_t need = pairs * (sizeof(int32_t) + sizeof(int64_t) +
-                                   static_cast<uint64_t>(input->ne[0] + op.node->ne[0]) * sizeof(float)) + 4 * 64;
-    void * block = room_for(16) ? scratch(need) : nullptr;
-    if (block == nullptr) {
+    const uint64_t columns = static_cast<uint64_t>(input->ne[0] + op.node->ne[0]);
+    const uint64_t need = pairs * (2 * sizeof(int32_t) + sizeof(int64_t) + columns * sizeof(float)) + 5 * 64;
+    auto * at = static_cast<std::byte *>(room_for(12) ? scratch(need) : nullptr);
+    if (at == nullptr) {
         return false;
     }
-    // Laid out by hand inside the block, at multiples of 64.
-    auto * at = static_cast<std::byte *>(block);
-    const auto take = [&](uint64_t bytes) {
+    const auto take = [&](uint64_t bytes) { // inside the block, at multiples of 64
         std::byte * p = at;
         at += (bytes + 63) / 64 * 64;
         return p;
     };
-    const ggml_backend_buffer_t buffer = scratch_.buffer();
-    ggml_tensor * from = fresh(GGML_TYPE_I32, {pairs, 1, 1}, take(pairs * sizeof(int32_t)), buffer);
-    ggml_tensor * to = fresh(GGML_TYPE_I64, {pairs, 1, 1}, take(pairs * sizeof(int64_t)), buffer);
-    ggml_backend_tensor_set(from, pair_rows_.data(), 0, pairs * sizeof(int32_t));
-    ggml_backend_tensor_set(to, pair_rows64_.data(), 0, pairs * sizeof(int64_t));
+    const auto upload = [&](ggml_type type, Shape shape, const void * data) {
+        const uint64_t bytes = pairs * ggml_type_size(type);
+        ggml_tensor * t = fresh(type, shape, take(bytes), scratch_.buffer());
+        ggml_backend_tensor_set(t, data, 0, bytes);
+        return t;
+    };
+    ggml_tensor * from = upload(GGML_TYPE_I32, {pairs, 1, 1}, pair_rows_.data());
+    ggml_tensor * slots = upload(GGML_TYPE_I32, {1, pairs, 1}, span_ids_.data());
+    ggml_tensor * to = upload(GGML_TYPE_I64, {pairs, 1, 1}, pair_rows64_.data());
+    const auto floats = [&](Shape shape) {
+        return fresh(GGML_TYPE_F32, shape, take(shape.columns * pairs * sizeof(float)), scratch_.buffer());
+    };
 
-    ggml_tensor * all_in = fresh(GGML_TYPE_F32, {input->ne[0], in_rows, 1}, input->data, buffer_of(input));
-    all_in->nb[1] = row_step(input);
-    all_in->nb[2] = all_in->nb[3] = all_in->nb[1] * static_cast<size_t>(in_rows);
-    ggml_tensor * gathered =
-        fresh(GGML_TYPE_F32, {input->ne[0], pairs, 1}, take(pairs * static_cast<uint64_t>(input->ne[0]) * sizeof(float)), buffer);
-    gathered->flags |= GGML_TENSOR_FLAG_COMPUTE;
-    gathered->op = GGML_OP_GET_ROWS;
-    gathered->src[0] = all_in;
-    gathered->src[1] = from;
-    ggml_graph_add_node(graph_, gathered);
+    ggml_tensor * gathered = floats({input->ne[0], pairs, 1});
+    add_node(gathered, GGML_OP_GET_ROWS, {all_rows(input), from, nullptr});
 
-    ggml_tensor * rows = shadow(*gathered); // the same bytes as [columns, 1, pairs]
-    rows->op = GGML_OP_NONE;
-    rows->src[0] = rows->src[1] = nullptr;
-    rows->ne[1] = 1;
-    rows->ne[2] = pairs;
-    rows->nb[2] = rows->nb[1];
-    rows->nb[3] = rows->nb[2] * pairs;
-    ggml_tensor * product = fresh(GGML_TYPE_F32, {op.node->ne[0], 1, pairs},
-                                  take(pairs * static_cast<uint64_t>(op.node->ne[0]) * sizeof(float)), buffer);
-    product->flags |= GGML_TENSOR_FLAG_COMPUTE;
-    product->op = op.node->op;
+    ggml_tensor * product = floats({op.node->ne[0], 1, pairs});
     memcpy(product->op_params, op.node->op_params, sizeof product->op_params);
-    product->src[0] = shadow_weight(op, lease, 1);
-    product->src[1] = rows;
-    product->src[2] = fresh(GGML_TYPE_I32, {1, pairs, 1}, zero_ids_, buffer);
-    ggml_graph_add_node(graph_, product);
+    add_node(product, GGML_OP_MUL_MAT_ID,
+             {shadow_weight(op, leases_[span.lowest], span.slots), reshaped(*gathered, {input->ne[0], 1, pairs}), slots});
 
-    ggml_tensor * result = shadow(*product);
-    result->op = GGML_OP_NONE;
-    result->src[0] = result->src[1] = result->src[2] = nullptr;
-    result->ne[1] = pairs;
-    result->ne[2] = 1;
-    result->nb[2] = result->nb[3] = result->nb[1] * pairs;
-    ggml_tensor * all_out = fresh(GGML_TYPE_F32, {op.node->ne[0], out_rows, 1}, op.node->data, buffer_of(op.node));
-    all_out->nb[1] = row_step(op.node);
-    all_out->nb[2] = all_out->nb[3] = all_out->nb[1] * static_cast<size_t>(out_rows);
-    ggml_tensor * scattered = shadow(*all_out);
-    scattered->flags |= GGML_TENSOR_FLAG_COMPUTE;
-    scattered->op = GGML_OP_SET_ROWS;
-    scattered->src[0] = result;
-    scattered->src[1] = to;
-    scattered->src[2] = all_out;
-    ggml_graph_add_node(graph_, scattered);
-    device_.expert_product_count++;
+    ggml_tensor * all_out = all_rows(op.node);
+    add_node(shadow(*all_out), GGML_OP_SET_ROWS, {reshaped(*product, {op.node->ne[0], pairs, 1}), to, all_out});
+    device_.gathered_count++;
     return true;
+}
+
+void Computer::add_node(ggml_tensor * node, ggml_op op, std::array<ggml_tensor *, 3> sources) {
+    node->op = op;
+    node->flags |= GGML_TENSOR_FLAG_COMPUTE; // ggml skips a node without it
+    std::copy(sources.begin(), sources.end(), node->src);
+    ggml_graph_add_node(graph_, node);
+}
+
+// A tensor's rows (dimensions 1 and 2) numbered through; rows_are_even().
+ggml_tensor * Computer::all_rows(const ggml_tensor * t) {
+    ggml_tensor * rows = fresh(GGML_TYPE_F32, {t->ne[0], t->ne[1] * t->ne[2], 1}, t->data, buffer_of(t));
+    rows->nb[1] = row_step(t);
+    rows->nb[2] = rows->nb[3] = rows->nb[1] * static_cast<size_t>(rows->ne[1]);
+    return rows;
+}
+
+// The same contiguous bytes in another shape.
+ggml_tensor * Computer::reshaped(const ggml_tensor & t, Shape shape) {
+    return fresh(t.type, shape, t.data, t.buffer);
 }
 
 // --------------------------------------------------------------------------------------- ggml's tables of functions
@@ -1278,6 +1329,10 @@ ggml_backend_buffer_type_t StreamDevice::buffer_type() {
     return &impl_->buft;
 }
 
+void StreamDevice::begin_serving() {
+    impl_->probing = false;
+}
+
 Stream & StreamDevice::stream() {
     return impl_->stream;
 }
@@ -1288,7 +1343,7 @@ uint64_t StreamDevice::pool_bytes() const {
 
 BackendCounters StreamDevice::counters() const {
     return {impl_->pass_count,           impl_->op_count,    impl_->delegate_calls, impl_->wave_count,
-            impl_->expert_product_count, impl_->loader_bytes};
+            impl_->gathered_count, impl_->loader_bytes};
 }
 
 void StreamDevice::interrupt(bool on) {

@@ -64,7 +64,7 @@ struct BackendCounters {
     uint64_t op_count = 0;          // streamed products computed
     uint64_t delegate_calls = 0;    // graphs handed to the delegate
     uint64_t wave_count = 0;        // begins beyond the first of an op
-    uint64_t expert_product_count = 0; // experts computed on their own
+    uint64_t gathered_count = 0; // products on some experts of an op, the others not being there yet
     uint64_t loader_bytes = 0;      // bytes that llama.cpp tried to load into a streamed tensor; always 0
 };
 
@@ -83,6 +83,10 @@ public:
     // For llama_model_params::tensor_buft_overrides: regular expressions that match the streamed names and no other.
     const std::vector<std::string> & name_patterns() const;
     ggml_backend_buffer_type_t buffer_type();
+
+    // Until then passes compute nothing and read nothing: while llama.cpp's server core loads it tries the context
+    // with two tokens and throws the result away, which would cost a pass over the file.
+    void begin_serving();
 
     Stream & stream();
     uint64_t pool_bytes() const;

@@ -551,7 +551,7 @@ std::string Engine::streaming_json() const {
         {"ops", backend.op_count},
         {"delegateCalls", backend.delegate_calls},
         {"waves", backend.wave_count},
-        {"expertProducts", backend.expert_product_count},
+        {"gatheredProducts", backend.gathered_count},
         {"loaderBytes", backend.loader_bytes},
         {"hits", total.hits},
         {"lateHits", total.late_hits},
@@ -782,12 +782,7 @@ bool Engine::load() {
     }
     if (core_->device) {
         llama_attach_threadpool(core_->context.get_llama_context(), core_->threads.get(), core_->threads.get());
-        // The trial pass of load_model is the core's only sign of a weight that cannot be read, and it hides it.
-        const std::string failed = core_->device->last_error();
-        if (!failed.empty()) {
-            fail("engine", failed);
-            return false;
-        }
+        core_->device->begin_serving();
     }
     core_->routes->update_meta(core_->context);
     core_->make_table();

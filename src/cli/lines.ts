@@ -224,6 +224,7 @@ function takeTerminal(onKeys: (chunk: string) => void, onInterrupt: () => void, 
   };
   const leave = (signalNumber: number): void => {
     restore();
+    tell("\n"); // the shell's prompt begins its own line
     process.exit(128 + signalNumber);
   };
   const onTerminate = (): void => leave(15);

@@ -21,6 +21,8 @@ export interface Terminal {
   screen(): readonly string[];
   /** Waits until the whole screen matches. */
   shows(pattern: RegExp): Promise<void>;
+  /** The process id of the program. */
+  childId(): number;
   /** Everything that the program wrote, escape sequences too. */
   readonly logPath: string;
 }
@@ -59,6 +61,14 @@ export function openTerminal(words: readonly string[], folder: string): Terminal
   return {
     logPath,
     screen,
+    childId() {
+      const shell = tmux("display-message", "-p", "-t", name, "#{pane_pid}").trim();
+      const child = Number(Bun.spawnSync(["pgrep", "-P", shell]).stdout.toString().trim());
+      if (!(child > 1)) {
+        throw new Error(`the shell ${shell} has no one child`);
+      }
+      return child;
+    },
     press: (...keys) => void tmux("send-keys", "-t", name, ...keys),
     type: (text) => void tmux("send-keys", "-t", name, "-l", text),
     paste(text) {

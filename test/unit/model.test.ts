@@ -388,7 +388,12 @@ describe("public models by their keys", () => {
   });
 
   test("Llama 4 slides by itself, unless its file says 0", () => {
-    expect(modelOf("llama4", {}).memoryLayers.map((layer) => layer.windowTokens)).toEqual([8192, 8192, 8192, null]);
+    expect(modelOf("llama4", {}).memoryLayers.map((layer) => layer.windowTokens)).toEqual([
+      8192,
+      8192,
+      8192,
+      null,
+    ]);
     const full = modelOf("llama4", { "attention.sliding_window": 0 });
     expect(full.memoryLayers.every((layer) => layer.windowTokens === null)).toBe(true);
   });
