@@ -5,7 +5,14 @@
 import { basename } from "node:path";
 import { type Engine, openEngine } from "./engine";
 import { HypuraError } from "./errors";
-import { type Answer, type GenerateOptions, generate, type Message, type Piece, type Prompt } from "./generate";
+import {
+  type Answer,
+  type GenerateOptions,
+  generate,
+  type Message,
+  type Piece,
+  type Prompt,
+} from "./generate";
 import { type Machine, readMachine } from "./machine";
 import { type ModelFile, openModelFile } from "./modelfile";
 import { makePlan, noLimits, type Plan, type PlanLimits } from "./plan";
@@ -23,7 +30,7 @@ export {
 } from "./generate";
 export type { Plan } from "./plan";
 
-export interface OpenOptions {
+export interface ModelOptions {
   /** Tokens the model can look back on; by default 4,096, or what the model was trained for or what fits. */
   readonly contextTokens?: number;
   /** Compute threads; by default one for each core. */
@@ -72,7 +79,7 @@ export interface Model extends AsyncDisposable {
 }
 
 /** Loads the .gguf file at `path` (any file of a split model). Throws HypuraError where it cannot run here. */
-export async function open(path: string, options: OpenOptions = {}): Promise<Model> {
+export async function open(path: string, options: ModelOptions = {}): Promise<Model> {
   const { plan } = prepare(path, {
     contextTokens: countOption("contextTokens", options.contextTokens),
     threads: countOption("threads", options.threads),
@@ -83,7 +90,10 @@ export async function open(path: string, options: OpenOptions = {}): Promise<Mod
 }
 
 /** The model file at `path` and how it runs here; no weight is read yet. Throws where it cannot run. */
-export function prepare(path: string, limits: PlanLimits = noLimits): { readonly file: ModelFile; readonly plan: Plan } {
+export function prepare(
+  path: string,
+  limits: PlanLimits = noLimits,
+): { readonly file: ModelFile; readonly plan: Plan } {
   const file = openModelFile(path);
   return { file, plan: planOf(file, limits) };
 }
@@ -112,10 +122,15 @@ export function modelOf(engine: Engine): Model {
     hasChatTemplate: engine.info.hasChatTemplate,
     chat(conversation, { system, ...options } = {}) {
       if (!engine.info.hasChatTemplate) {
-        throw new HypuraError("unsupported-model", `${engine.plan.model.name} has no chat template: use generate()`);
+        throw new HypuraError(
+          "unsupported-model",
+          `${engine.plan.model.name} has no chat template: use generate()`,
+        );
       }
-      const given = typeof conversation === "string" ? [{ role: "user", content: conversation } as const] : conversation;
-      const messages = system === undefined ? given : [{ role: "system", content: system } as const, ...given];
+      const given =
+        typeof conversation === "string" ? [{ role: "user", content: conversation } as const] : conversation;
+      const messages =
+        system === undefined ? given : [{ role: "system", content: system } as const, ...given];
       return replyOf(engine, { messages }, options);
     },
     generate: (text, options = {}) => replyOf(engine, { text }, options),
@@ -131,7 +146,8 @@ function replyOf(engine: Engine, prompt: Prompt, options: GenerateOptions): Repl
 
   async function* run(): AsyncGenerator<Piece> {
     const stop = new AbortController();
-    const signal = options.signal === undefined ? stop.signal : AbortSignal.any([options.signal, stop.signal]);
+    const signal =
+      options.signal === undefined ? stop.signal : AbortSignal.any([options.signal, stop.signal]);
     const pieces = generate(engine, prompt, { ...options, signal });
     let ended = false;
     try {

@@ -112,7 +112,9 @@ export function fromFile(text: string, name: string): Conversation {
     throw wrong(`it has no "format": "${format}"`);
   }
   if (value["version"] !== 1) {
-    throw wrong(`its version is ${JSON.stringify(value["version"]) ?? "missing"}, this hypura reads version 1`);
+    throw wrong(
+      `its version is ${JSON.stringify(value["version"]) ?? "missing"}, this hypura reads version 1`,
+    );
   }
   const { system, messages } = value;
   if (system !== null && typeof system !== "string") {
@@ -121,16 +123,26 @@ export function fromFile(text: string, name: string): Conversation {
   if (!Array.isArray(messages)) {
     throw wrong("its messages are no list");
   }
-  return { system, messages: messages.map((message: unknown, index) => readMessage(message, index, messages.length, wrong)) };
+  return {
+    system,
+    messages: messages.map((message: unknown, index) => readMessage(message, index, messages.length, wrong)),
+  };
 }
 
-function readMessage(message: unknown, index: number, count: number, wrong: (what: string) => HypuraError): Message {
+function readMessage(
+  message: unknown,
+  index: number,
+  count: number,
+  wrong: (what: string) => HypuraError,
+): Message {
   const role = index % 2 === 0 ? "user" : "assistant";
   if (!isRecord(message) || typeof message["content"] !== "string") {
     throw wrong(`message ${index + 1} has no content`);
   }
   if (message["role"] !== role) {
-    throw wrong(`message ${index + 1} is of ${JSON.stringify(message["role"]) ?? "nobody"} where ${role} has its turn`);
+    throw wrong(
+      `message ${index + 1} is of ${JSON.stringify(message["role"]) ?? "nobody"} where ${role} has its turn`,
+    );
   }
   if (index === count - 1 && role === "user") {
     throw wrong("its last message has no answer");

@@ -74,7 +74,11 @@ export type Piece =
   | { readonly type: "end"; readonly answer: Answer };
 
 /** Generates; the last piece is `end`. Throws RequestError or HypuraError; breaking off the loop cancels. */
-export async function* generate(engine: Engine, prompt: Prompt, options: GenerateOptions = {}): AsyncGenerator<Piece> {
+export async function* generate(
+  engine: Engine,
+  prompt: Prompt,
+  options: GenerateOptions = {},
+): AsyncGenerator<Piece> {
   const { route, body, read } = requestOf(prompt, options);
   let text = "";
   let thinking = "";
@@ -85,7 +89,8 @@ export async function* generate(engine: Engine, prompt: Prompt, options: Generat
       const part = read(chunk);
       timings = part.timings ?? timings;
       // The core calls both ends of room by one name.
-      const isFull = part.finish === "length" && timings.generatedTokens < (options.maxTokens ?? Number.POSITIVE_INFINITY);
+      const isFull =
+        part.finish === "length" && timings.generatedTokens < (options.maxTokens ?? Number.POSITIVE_INFINITY);
       finish = isFull ? "context" : (part.finish ?? finish);
       if (part.thinking !== "") {
         thinking += part.thinking;

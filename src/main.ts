@@ -15,7 +15,10 @@ interface Entry {
 }
 
 const commands: Readonly<Record<string, Entry>> = {
-  run: { summary: "Answer a prompt, or chat, with a model", load: async () => (await import("./cli/run")).runCommand },
+  run: {
+    summary: "Answer a prompt, or chat, with a model",
+    load: async () => (await import("./cli/run")).runCommand,
+  },
   inspect: {
     summary: "Show what a model file holds and how it would run here",
     load: async () => (await import("./cli/inspect")).inspectCommand,
@@ -116,7 +119,10 @@ function explain(error: unknown): { readonly code: ErrorCode; readonly message: 
   const { name, message } = error instanceof Error ? error : new Error(String(error));
   return name === "CLIError"
     ? { code: "usage", message }
-    : { code: "internal", message: `${message} (this is a mistake in hypura: please report it, with the command line)` };
+    : {
+        code: "internal",
+        message: `${message} (this is a mistake in hypura: please report it, with the command line)`,
+      };
 }
 
 if (import.meta.main) {

@@ -1,8 +1,8 @@
 // Showing an answer as it comes, for `run` and for the chat: text on stdout, thinking dimmed on stderr, Ctrl-C as
 // the end of this answer, and the line of numbers after it.
 
-import { type Answer, type Piece, PromptTooLongError } from "../generate";
 import { HypuraError } from "../errors";
+import { type Answer, type Piece, PromptTooLongError } from "../generate";
 import { countText, rateText } from "../text";
 import { printAnswer, stderr, stdout, tell } from "./terminal";
 

@@ -2,7 +2,17 @@
 // and the engine evaluates only what its KV cache does not hold yet; nothing is loaded twice. What a line means and
 // what a saved conversation looks like is in ../chat.ts, how lines are read in ./lines.ts.
 
-import { closeSync, existsSync, fsyncSync, openSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  existsSync,
+  fsyncSync,
+  openSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { homedir } from "node:os";
 import { consola } from "consola";
 import {
@@ -49,7 +59,12 @@ export async function chat(engine: Engine, setup: ChatSetup): Promise<number> {
   }
 }
 
-async function converse(talk: Chat, lines: Lines, first: string | null, isTerminal: boolean): Promise<number> {
+async function converse(
+  talk: Chat,
+  lines: Lines,
+  first: string | null,
+  isTerminal: boolean,
+): Promise<number> {
   let status = 0;
   for (let pending = first; ; pending = null) {
     if (pending !== null && isTerminal) {
@@ -79,7 +94,12 @@ async function converse(talk: Chat, lines: Lines, first: string | null, isTermin
 
 /** An error after which the conversation can go on as it was. */
 function isHarmless(error: HypuraError): boolean {
-  return error.code === "request" || error.code === "usage" || error.code === "not-found" || error instanceof FileError;
+  return (
+    error.code === "request" ||
+    error.code === "usage" ||
+    error.code === "not-found" ||
+    error instanceof FileError
+  );
 }
 
 class FileError extends HypuraError {}
@@ -140,7 +160,9 @@ class Chat {
     this.#conversation = withTurn(this.#conversation, text, answer.text);
     consola.info([speedText(answer), ...endNotes(answer)].join(", "));
     if (answer.finish === "context") {
-      consola.warn(`the context of ${countText(this.#engine.info.contextTokens)} tokens is full: ${fullAdvice}`);
+      consola.warn(
+        `the context of ${countText(this.#engine.info.contextTokens)} tokens is full: ${fullAdvice}`,
+      );
     }
   }
 
@@ -151,7 +173,9 @@ class Chat {
       return;
     }
     this.#conversation = { ...this.#conversation, system: text === "-" ? null : text };
-    consola.info(text === "-" ? "the system text is removed" : "the system text is set, from the next message on");
+    consola.info(
+      text === "-" ? "the system text is removed" : "the system text is set, from the next message on",
+    );
   }
 
   #save(path: string): void {
@@ -163,11 +187,14 @@ class Chat {
   #load(path: string): void {
     const file = withHome(path);
     this.#conversation = fromFile(readConversation(file), file);
-    consola.info(`${plural(this.#conversation.messages.length, "message")} loaded from ${JSON.stringify(file)}`);
+    consola.info(
+      `${plural(this.#conversation.messages.length, "message")} loaded from ${JSON.stringify(file)}`,
+    );
   }
 }
 
-const fullAdvice = "/save FILE keeps the conversation, /clear starts anew, --context N at the start gives more room";
+const fullAdvice =
+  "/save FILE keeps the conversation, /clear starts anew, --context N at the start gives more room";
 
 function tooLong(error: PromptTooLongError, { messages }: Conversation): HypuraError {
   const { promptTokens, contextTokens } = error;
@@ -200,7 +227,10 @@ function withHome(path: string): string {
 /** Whole or not at all, and never over a file that is something else. */
 function writeConversation(path: string, text: string): void {
   if (existsSync(path) && !isConversation(path)) {
-    throw new FileError("io", `${JSON.stringify(path)} exists and is no saved conversation: choose another name`);
+    throw new FileError(
+      "io",
+      `${JSON.stringify(path)} exists and is no saved conversation: choose another name`,
+    );
   }
   const temporary = `${path}.${process.pid}.tmp`;
   try {
@@ -237,7 +267,10 @@ function readConversation(path: string): string {
   try {
     const stat = statSync(path);
     if (!stat.isFile() || stat.size > maxConversationBytes) {
-      throw new FileError("io", `${JSON.stringify(path)} is no saved conversation: give a file that /save wrote`);
+      throw new FileError(
+        "io",
+        `${JSON.stringify(path)} is no saved conversation: give a file that /save wrote`,
+      );
     }
     return readFileSync(path, "utf8");
   } catch (cause) {

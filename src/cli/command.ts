@@ -97,7 +97,10 @@ function flagTable(args: ArgsDef): ReadonlyMap<string, Flag> {
 }
 
 function unknownFlag(name: string, word: string, known: readonly string[]): string {
-  const close = nearest(word.replace(/^--?|=[\s\S]*$/g, ""), known.filter((spelling) => spelling.length > 1));
+  const close = nearest(
+    word.replace(/^--?|=[\s\S]*$/g, ""),
+    known.filter((spelling) => spelling.length > 1),
+  );
   const hint = close === null ? `see \`hypura help ${name}\`` : `did you mean --${close}?`;
   return `hypura ${name} has no option ${JSON.stringify(word)}: ${hint}`;
 }
@@ -112,7 +115,8 @@ function wrongPositionals(name: string, args: ArgsDef, given: readonly string[])
   if (extra === undefined) {
     return null;
   }
-  const hint = "prompt" in args ? "give the question as --prompt TEXT, in quotes" : `see \`hypura help ${name}\``;
+  const hint =
+    "prompt" in args ? "give the question as --prompt TEXT, in quotes" : `see \`hypura help ${name}\``;
   return `${JSON.stringify(extra)} is one argument too many: ${hint}`;
 }
 
@@ -131,7 +135,10 @@ export function numberFlag(name: string, text: string | undefined, range: Number
   const fits = text.trim() !== "" && value >= range.least && value <= range.most;
   if (!fits || (range.integer && !Number.isInteger(value))) {
     const kind = range.integer ? "a whole number" : "a number";
-    throw new HypuraError("usage", `--${name} ${JSON.stringify(text)}: give ${kind} from ${range.least} to ${range.most}`);
+    throw new HypuraError(
+      "usage",
+      `--${name} ${JSON.stringify(text)}: give ${kind} from ${range.least} to ${range.most}`,
+    );
   }
   return value;
 }
@@ -143,7 +150,10 @@ export function bytesFlag(name: string, text: string | undefined): number | unde
   }
   const bytes = parseBytes(text);
   if (bytes === null || bytes === 0) {
-    throw new HypuraError("usage", `--${name} ${JSON.stringify(text)}: give a size such as 2G, 1500M or 8GiB`);
+    throw new HypuraError(
+      "usage",
+      `--${name} ${JSON.stringify(text)}: give a size such as 2G, 1500M or 8GiB`,
+    );
   }
   return bytes;
 }
@@ -156,15 +166,28 @@ export function repeatedFlag(name: string, words: readonly string[]): readonly s
 
 /** What may be asked of a plan; the same words in every command that makes one. */
 export const limitArgs = {
-  context: { type: "string", alias: "c", description: "Tokens the model can look back on (4,096 if it fits)", valueHint: "N" },
+  context: {
+    type: "string",
+    alias: "c",
+    description: "Tokens the model can look back on (4,096 if it fits)",
+    valueHint: "N",
+  },
   threads: { type: "string", alias: "t", description: "Compute threads (one for each core)", valueHint: "N" },
-  memory: { type: "string", alias: "m", description: "Use at most this much memory, such as 8G", valueHint: "SIZE" },
+  memory: {
+    type: "string",
+    alias: "m",
+    description: "Use at most this much memory, such as 8G",
+    valueHint: "SIZE",
+  },
 } as const;
 
 /** The limits that these flags give. */
-export function limitsOf(flags: { readonly [Name in keyof typeof limitArgs]?: string | undefined }): PlanLimits {
+export function limitsOf(
+  flags: { readonly [Name in keyof typeof limitArgs]?: string | undefined },
+): PlanLimits {
   return {
-    contextTokens: numberFlag("context", flags.context, { least: 16, most: 16_777_216, integer: true }) ?? null,
+    contextTokens:
+      numberFlag("context", flags.context, { least: 16, most: 16_777_216, integer: true }) ?? null,
     slotCount: 1,
     threads: numberFlag("threads", flags.threads, { least: 1, most: 512, integer: true }) ?? null,
     memoryBytes: bytesFlag("memory", flags.memory) ?? null,

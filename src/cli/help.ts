@@ -57,12 +57,16 @@ export function commandPage(name: string, command: Command): string {
   const args = Object.entries((definition.args ?? {}) as ArgsDef);
   const positionals = args.filter(([, arg]) => arg.type === "positional");
   const flags = args.filter(([, arg]) => arg.type !== "positional");
-  const usage = ["hypura", name, ...positionals.map(([arg]) => `<${arg.toUpperCase()}>`), "[options]"].join(" ");
+  const usage = ["hypura", name, ...positionals.map(([arg]) => `<${arg.toUpperCase()}>`), "[options]"].join(
+    " ",
+  );
   const sections = [
     `${descriptionOf(definition.meta)}\n\n${heading("Usage:")} ${usage}`,
     ...(positionals.length === 0
       ? []
-      : [`${heading("Arguments:")}\n${indented(positionals.map(([arg, { description }]) => [arg.toUpperCase(), description ?? ""]))}`]),
+      : [
+          `${heading("Arguments:")}\n${indented(positionals.map(([arg, { description }]) => [arg.toUpperCase(), description ?? ""]))}`,
+        ]),
     `${heading("Options:")}\n${indented([...flags.map(flagRow), ["    --help", "Show this page"]])}`,
     `${heading("Examples:")}\n${examples.map((example) => `  ${example}`).join("\n")}`,
     ...notes,

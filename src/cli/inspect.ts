@@ -34,7 +34,9 @@ export const inspectCommand = command(
       "hypura inspect model.gguf --tensors",
       "hypura inspect model.gguf --json",
     ],
-    notes: ["A model that cannot run here is shown all the same, with the reason; the exit status is then 0 too."],
+    notes: [
+      "A model that cannot run here is shown all the same, with the reason; the exit status is then 0 too.",
+    ],
   },
 );
 
@@ -81,8 +83,16 @@ function page(file: ModelFile, verdict: Verdict, withTensors: boolean): string {
   const sections = [
     headSection(file),
     section("Metadata", metadataRows(file)),
-    section("Weights by role", shareRows(file.model.bytesByRole, file.model, (tensor) => tensor.role), [1, 3, 4]),
-    section("Weights by type", shareRows(file.model.bytesByType, file.model, (tensor) => tensor.typeName), [1, 3, 4]),
+    section(
+      "Weights by role",
+      shareRows(file.model.bytesByRole, file.model, (tensor) => tensor.role),
+      [1, 3, 4],
+    ),
+    section(
+      "Weights by type",
+      shareRows(file.model.bytesByType, file.model, (tensor) => tensor.typeName),
+      [1, 3, 4],
+    ),
     section("One token", tokenRows(file.model)),
     ...(withTensors ? [section("Tensors", tensorRows(file.model), [3])] : []),
     ...hereSections(verdict),
@@ -105,7 +115,10 @@ function headSection({ path, files, gguf, model }: ModelFile): string {
       : `, ${countText(model.expertCount)} experts of which ${countText(model.expertUsedCount)} work on a token`;
   const type = model.fileTypeName === null ? "" : `, ${model.fileTypeName}`;
   const facts: readonly (readonly string[])[] = [
-    ["model", `${printable(model.name ?? "(unnamed)")}, ${shortCountText(model.parameterCount)} parameters${type}`],
+    [
+      "model",
+      `${printable(model.name ?? "(unnamed)")}, ${shortCountText(model.parameterCount)} parameters${type}`,
+    ],
     ["kind", `${printable(model.architecture)}, ${model.kind}${experts}`],
     [
       "shape",
@@ -115,7 +128,10 @@ function headSection({ path, files, gguf, model }: ModelFile): string {
     ["context", `${countText(model.trainedContextTokens)} tokens in training`],
     ["chat", model.hasChatTemplate ? "has a chat template" : "no chat template: run it with --raw"],
   ];
-  return section(`${printable(basename(path))}: ${bytesText(fileBytes)}${split}, GGUF version ${gguf.version}`, facts);
+  return section(
+    `${printable(basename(path))}: ${bytesText(fileBytes)}${split}, GGUF version ${gguf.version}`,
+    facts,
+  );
 }
 
 function metadataRows({ gguf }: ModelFile): readonly (readonly string[])[] {
@@ -198,7 +214,10 @@ const memoryNames: Readonly<Record<keyof MemoryUse, string>> = {
 
 function hereSections({ machine, budgetBytes, plan, refusal }: Verdict): readonly string[] {
   const { availableBytes, totalBytes: allBytes } = machine.memory;
-  const free = ["memory", `${bytesText(availableBytes)} free of ${bytesText(allBytes)}, ${plural(machine.computeCores, "core")}`];
+  const free = [
+    "memory",
+    `${bytesText(availableBytes)} free of ${bytesText(allBytes)}, ${plural(machine.computeCores, "core")}`,
+  ];
   if (plan === null) {
     return [`${section("On this machine", [free])}\n${wrapped(`cannot run: ${refusal?.message ?? ""}`)}`];
   }
@@ -235,7 +254,10 @@ function wrapped(sentence: string): string {
 // ---- JSON ---------------------------------------------------------------------------------------------------------
 
 /** Everything that the page shows and more. Fields are added, never renamed. */
-function asJson({ path, files, gguf, model }: ModelFile, { machine, budgetBytes, plan, refusal }: Verdict): object {
+function asJson(
+  { path, files, gguf, model }: ModelFile,
+  { machine, budgetBytes, plan, refusal }: Verdict,
+): object {
   const { tensors, strides, bytesByRole, bytesByType, ...facts } = model;
   return {
     path,

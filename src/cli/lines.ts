@@ -188,7 +188,13 @@ function openTerminal(prompt: string): Lines {
 }
 
 function openEditor(keys: PassThrough, prompt: string, filter: PasteFilter, queue: LineQueue): Interface {
-  const editor = createInterface({ input: keys, output: process.stderr, terminal: true, prompt, historySize: 1000 });
+  const editor = createInterface({
+    input: keys,
+    output: process.stderr,
+    terminal: true,
+    prompt,
+    historySize: 1000,
+  });
   editor.on("line", (line) => queue.push(filter.restore(line)));
   editor.on("close", () => queue.push(null));
   editor.on("SIGINT", () => {
@@ -206,7 +212,11 @@ function openEditor(keys: PassThrough, prompt: string, filter: PasteFilter, queu
 }
 
 /** Puts the terminal into the state that editing needs; the result puts it back, and runs at exit in any case. */
-function takeTerminal(onKeys: (chunk: string) => void, onInterrupt: () => void, onEnd: () => void): () => void {
+function takeTerminal(
+  onKeys: (chunk: string) => void,
+  onInterrupt: () => void,
+  onEnd: () => void,
+): () => void {
   const { stdin } = process;
   let taken = true;
   const restore = (): void => {

@@ -5,7 +5,14 @@ import { consola } from "consola";
 import { prepare } from "../api";
 import { type Engine, openEngine } from "../engine";
 import { exitStatus, HypuraError } from "../errors";
-import { type Answer, answerOf, type GenerateOptions, generate, type Message, type Prompt } from "../generate";
+import {
+  type Answer,
+  answerOf,
+  type GenerateOptions,
+  generate,
+  type Message,
+  type Prompt,
+} from "../generate";
 import { type Plan, totalBytes } from "../plan";
 import { bytesText, countText, durationText } from "../text";
 import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
@@ -14,18 +21,50 @@ import { print, stderr, tell } from "./terminal";
 
 const args = {
   model: { type: "positional", description: "A .gguf file (any file of a split model)", required: true },
-  prompt: { type: "string", alias: "p", description: "The question; - reads it from stdin", valueHint: "TEXT" },
-  "prompt-file": { type: "string", alias: "f", description: "Take the question from a file", valueHint: "FILE" },
+  prompt: {
+    type: "string",
+    alias: "p",
+    description: "The question; - reads it from stdin",
+    valueHint: "TEXT",
+  },
+  "prompt-file": {
+    type: "string",
+    alias: "f",
+    description: "Take the question from a file",
+    valueHint: "FILE",
+  },
   interactive: { type: "boolean", alias: "i", description: "Chat (as on a terminal without a prompt)" },
-  system: { type: "string", alias: "s", description: "Instructions that stand before the conversation", valueHint: "TEXT" },
-  "max-tokens": { type: "string", alias: "n", description: "Stop after so many tokens (512; in a chat no limit)", valueHint: "N" },
+  system: {
+    type: "string",
+    alias: "s",
+    description: "Instructions that stand before the conversation",
+    valueHint: "TEXT",
+  },
+  "max-tokens": {
+    type: "string",
+    alias: "n",
+    description: "Stop after so many tokens (512; in a chat no limit)",
+    valueHint: "N",
+  },
   ...limitArgs,
   seed: { type: "string", description: "Same seed, same answer", valueHint: "N" },
   temp: { type: "string", description: "Temperature; 0 takes the likeliest token each time", valueHint: "X" },
   "top-k": { type: "string", description: "Sample among the K likeliest tokens; 0 is all", valueHint: "K" },
-  "top-p": { type: "string", description: "Sample among the likeliest tokens that make up P", valueHint: "P" },
-  "min-p": { type: "string", description: "Drop tokens less likely than P times the likeliest", valueHint: "P" },
-  stop: { type: "string", description: "End before this text; may be given more than once", valueHint: "TEXT" },
+  "top-p": {
+    type: "string",
+    description: "Sample among the likeliest tokens that make up P",
+    valueHint: "P",
+  },
+  "min-p": {
+    type: "string",
+    description: "Drop tokens less likely than P times the likeliest",
+    valueHint: "P",
+  },
+  stop: {
+    type: "string",
+    description: "End before this text; may be given more than once",
+    valueHint: "TEXT",
+  },
   raw: { type: "boolean", description: "Continue the prompt as it stands, without a chat template" },
   json: { type: "boolean", description: "Print one JSON object at the end instead of text as it comes" },
   verbose: { type: "boolean", description: "Say what was decided and why, and what llama.cpp has to say" },
@@ -73,14 +112,19 @@ export const runCommand = command(
   },
 );
 
-type Flags = { readonly [Name in keyof typeof args]?: (typeof args)[Name]["type"] extends "boolean" ? boolean : string };
+type Flags = {
+  readonly [Name in keyof typeof args]?: (typeof args)[Name]["type"] extends "boolean" ? boolean : string;
+};
 
 function generateOptions(flags: Flags, words: readonly string[]): GenerateOptions {
   const real = (least: number, most: number) => ({ least, most, integer: false });
   const whole = (least: number, most: number) => ({ least, most, integer: true });
   const stop = repeatedFlag("stop", words);
   if (stop.includes("")) {
-    throw new HypuraError("usage", "--stop was given an empty text, which ends every answer at once: give some text");
+    throw new HypuraError(
+      "usage",
+      "--stop was given an empty text, which ends every answer at once: give some text",
+    );
   }
   const options = {
     maxTokens: numberFlag("max-tokens", flags["max-tokens"], whole(1, 1_000_000)),
@@ -144,7 +188,9 @@ function prepareRun(flags: Flags, isChat: boolean): Prepared {
     );
   }
   if (!hasChatTemplate && flags.raw !== true) {
-    consola.warn(`${plan.model.name} has no chat template: it continues the prompt as it stands (--raw says so without this line)`);
+    consola.warn(
+      `${plan.model.name} has no chat template: it continues the prompt as it stands (--raw says so without this line)`,
+    );
   }
   if (flags.verbose) {
     for (const choice of plan.choices) {
@@ -192,7 +238,11 @@ async function readStdin(): Promise<string> {
   try {
     bytes = await Bun.stdin.bytes();
   } catch (cause) {
-    throw new HypuraError("io", `stdin cannot be read (${(cause as Error).message}): give the prompt with --prompt`, { cause });
+    throw new HypuraError(
+      "io",
+      `stdin cannot be read (${(cause as Error).message}): give the prompt with --prompt`,
+      { cause },
+    );
   }
   return decode(bytes, "stdin");
 }
@@ -201,7 +251,9 @@ function decode(bytes: Uint8Array, source: string): string {
   try {
     return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch (cause) {
-    throw new HypuraError("usage", `${source} is not UTF-8 text: convert it first (iconv -t UTF-8)`, { cause });
+    throw new HypuraError("usage", `${source} is not UTF-8 text: convert it first (iconv -t UTF-8)`, {
+      cause,
+    });
   }
 }
 
@@ -242,14 +294,21 @@ function promptFor(text: string, flags: Flags, hasChatTemplate: boolean): Prompt
   return { messages };
 }
 
-async function answerOnce(engine: Engine, prompt: Prompt, options: GenerateOptions, json: boolean): Promise<void> {
+async function answerOnce(
+  engine: Engine,
+  prompt: Prompt,
+  options: GenerateOptions,
+  json: boolean,
+): Promise<void> {
   const answer = await interruptible((signal) => {
     const pieces = generate(engine, prompt, { ...options, signal });
     return json ? answerOf(pieces) : showAnswer(pieces);
   });
   if (json) {
     const { plan } = engine;
-    await print(`${JSON.stringify({ model: plan.model.name, mode: plan.mode, ...answer, peakBytes: peakBytes() })}\n`);
+    await print(
+      `${JSON.stringify({ model: plan.model.name, mode: plan.mode, ...answer, peakBytes: peakBytes() })}\n`,
+    );
   } else {
     await print("\n");
     consola.info(summary(engine, answer));
@@ -262,7 +321,10 @@ async function answerOnce(engine: Engine, prompt: Prompt, options: GenerateOptio
 /** The line after an answer: speed, where the bytes are, why it ended. */
 function summary({ plan, info }: Engine, answer: Answer): string {
   const { weightBytes, poolBytes } = plan.memory;
-  const nvmeBytes = plan.tensors.reduce((sum, { tier, sizeBytes }) => sum + (tier === "nvme" ? sizeBytes : 0), 0);
+  const nvmeBytes = plan.tensors.reduce(
+    (sum, { tier, sizeBytes }) => sum + (tier === "nvme" ? sizeBytes : 0),
+    0,
+  );
   const pool = poolBytes === 0 ? "" : ` with a pool of ${bytesText(poolBytes)}`;
   return [
     speedText(answer),

@@ -49,9 +49,13 @@ export async function print(text: string): Promise<void> {
     } catch (error) {
       const { code } = error as { readonly code?: string };
       if (code !== "EAGAIN") {
-        throw new HypuraError("io", `stdout took no more (${outputReason(code, error)}): the rest was not written`, {
-          cause: error,
-        });
+        throw new HypuraError(
+          "io",
+          `stdout took no more (${outputReason(code, error)}): the rest was not written`,
+          {
+            cause: error,
+          },
+        );
       }
       await Bun.sleep(1);
     }

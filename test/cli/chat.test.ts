@@ -5,9 +5,26 @@ import { describe, expect, test } from "bun:test";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { open } from "../../src/api";
-import { askedMessages, type Conversation, emptyConversation, fromFile, readInput, toFile, withTurn } from "../../src/chat";
+import {
+  askedMessages,
+  type Conversation,
+  emptyConversation,
+  fromFile,
+  readInput,
+  toFile,
+  withTurn,
+} from "../../src/chat";
 import { PasteFilter } from "../../src/cli/lines";
-import { endlessModel, hypura, type Outcome, program, root, scratchFolder, smolLm2, tinyModel } from "./program";
+import {
+  endlessModel,
+  hypura,
+  type Outcome,
+  program,
+  root,
+  scratchFolder,
+  smolLm2,
+  tinyModel,
+} from "./program";
 import { hasTmux, openTerminal, type Terminal } from "./tmux";
 
 const folder = scratchFolder();
@@ -24,7 +41,10 @@ describe("what is typed", () => {
     expect(readInput("/save  my talk.json ")).toEqual({ type: "save", path: "my talk.json" });
     expect(readInput("/system Be\nbrief.")).toEqual({ type: "system", text: "Be\nbrief." });
     expect(readInput("/load")).toMatchObject({ type: "mistake" });
-    expect(readInput("/foo")).toEqual({ type: "mistake", sentence: "there is no command /foo: /help lists them" });
+    expect(readInput("/foo")).toEqual({
+      type: "mistake",
+      sentence: "there is no command /foo: /help lists them",
+    });
     expect(readInput("/etc/hosts is what?")).toEqual({ type: "message", text: "/etc/hosts is what?" });
   });
 
@@ -57,7 +77,12 @@ describe("a conversation", () => {
   const talk: Conversation = withTurn({ system: "Be brief.", messages: [] }, "Hi", "Hello.");
 
   test("grows by question and answer, and not by a question alone", () => {
-    expect(askedMessages(talk, "And?").map(({ role }) => role)).toEqual(["system", "user", "assistant", "user"]);
+    expect(askedMessages(talk, "And?").map(({ role }) => role)).toEqual([
+      "system",
+      "user",
+      "assistant",
+      "user",
+    ]);
     expect(withTurn(talk, "And?", "")).toBe(talk);
     expect(askedMessages(emptyConversation, "Hi")).toEqual([{ role: "user", content: "Hi" }]);
   });
@@ -98,7 +123,9 @@ describe("what is known is not evaluated again", () => {
     const first = "Name three colours and say in one sentence what each of them is good for.";
     const once = await loaded.chat(first, { temperature: 0, maxTokens: 40 }).answer();
     const talk = withTurn(emptyConversation, first, once.text);
-    const again = await loaded.chat(askedMessages(talk, "Thanks."), { temperature: 0, maxTokens: 4 }).answer();
+    const again = await loaded
+      .chat(askedMessages(talk, "Thanks."), { temperature: 0, maxTokens: 4 })
+      .answer();
     const known = once.timings.promptTokens + once.timings.generatedTokens;
     expect(once.timings.cachedTokens).toBe(0);
     expect(again.timings.cachedTokens).toBeGreaterThanOrEqual(known - 2);
@@ -116,27 +143,54 @@ describe("what is known is not evaluated again", () => {
 
 describe("by pipe", () => {
   const chat = (lines: readonly string[], ...args: readonly string[]): Promise<Outcome> =>
-    hypura(["run", endless, "--interactive", "--temp", "0", "--threads", "1", ...args], { stdin: lines.map((line) => `${line}\n`).join("") });
+    hypura(["run", endless, "--interactive", "--temp", "0", "--threads", "1", ...args], {
+      stdin: lines.map((line) => `${line}\n`).join(""),
+    });
 
   test("a line is a message, and stdout has the answers alone", async () => {
     const outcome = await chat(["hi", "", "more"], "--max-tokens", "5");
     expect(outcome.status).toBe(0);
-    expect(outcome.stderr).toMatch(/^5 tokens.*stopped at --max-tokens\n5 tokens.*\(\d+ known\), stopped at --max-tokens\n$/);
+    expect(outcome.stderr).toMatch(
+      /^5 tokens.*stopped at --max-tokens\n5 tokens.*\(\d+ known\), stopped at --max-tokens\n$/,
+    );
     expect(outcome.stdout.trim()).not.toBe("");
-    const alone = await hypura(["run", endless, "--prompt", "hi", "--temp", "0", "--threads", "1", "--max-tokens", "5"]);
+    const alone = await hypura([
+      "run",
+      endless,
+      "--prompt",
+      "hi",
+      "--temp",
+      "0",
+      "--threads",
+      "1",
+      "--max-tokens",
+      "5",
+    ]);
     expect(outcome.stdout.startsWith(alone.stdout)).toBe(true);
   });
 
   test("--prompt is the first message, --system stands before it", async () => {
     const file = path("first.json");
-    await chat([`/save ${file}`], "--prompt", "/help is no command here", "--system", "Be brief.", "--max-tokens", "3");
+    await chat(
+      [`/save ${file}`],
+      "--prompt",
+      "/help is no command here",
+      "--system",
+      "Be brief.",
+      "--max-tokens",
+      "3",
+    );
     const { system, messages } = fromFile(readFileSync(file, "utf8"), file);
     expect([system, messages[0]?.content]).toEqual(["Be brief.", "/help is no command here"]);
   });
 
   test("saves and goes on later", async () => {
     const file = path("talk.json");
-    const before = await chat(["/system Be kind.", "hi", `/save ${file}`, "/quit", "never read"], "--max-tokens", "4");
+    const before = await chat(
+      ["/system Be kind.", "hi", `/save ${file}`, "/quit", "never read"],
+      "--max-tokens",
+      "4",
+    );
     expect(before.stderr).toContain(`2 messages saved in "${file}"`);
     expect(before.status).toBe(0);
     const saved = fromFile(readFileSync(file, "utf8"), file);
@@ -155,7 +209,16 @@ describe("by pipe", () => {
     const foreign = path("letter.txt");
     writeFileSync(foreign, "Dear reader");
     const outcome = await chat(
-      ["/foo", "/save", `/save ${path("no/such/folder.json")}`, `/save ${foreign}`, `/load ${path("none.json")}`, `/load ${foreign}`, `/load ${folder}`, "hi"],
+      [
+        "/foo",
+        "/save",
+        `/save ${path("no/such/folder.json")}`,
+        `/save ${foreign}`,
+        `/load ${path("none.json")}`,
+        `/load ${foreign}`,
+        `/load ${folder}`,
+        "hi",
+      ],
       "--max-tokens",
       "2",
     );
@@ -179,7 +242,13 @@ describe("by pipe", () => {
   });
 
   test("says when the context is full, and /clear helps", async () => {
-    const outcome = await chat(["hi", "a longer message than fits, ".repeat(20), "/clear", "hi"], "--context", "256", "--max-tokens", "300");
+    const outcome = await chat(
+      ["hi", "a longer message than fits, ".repeat(20), "/clear", "hi"],
+      "--context",
+      "256",
+      "--max-tokens",
+      "300",
+    );
     const lines = outcome.stderr.trimEnd().split("\n");
     expect(lines[1]).toMatch(/^warning: the context of 256 tokens is full: .*\/clear starts anew.*--context/);
     expect(lines[2]).toMatch(/^error: the context is full, \d+ tokens for 256: .*\/clear/);
@@ -191,7 +260,10 @@ describe("by pipe", () => {
 
 describe.skipIf(!hasTmux)("at a terminal", () => {
   const openChat = (...args: readonly string[]): Terminal =>
-    openTerminal([...program, "run", endless, "--temp", "0", "--threads", "1", "--context", "60160", ...args], folder);
+    openTerminal(
+      [...program, "run", endless, "--temp", "0", "--threads", "1", "--context", "60160", ...args],
+      folder,
+    );
 
   /** Once the program has ended: its status, and a terminal as it was. */
   async function expectEnd(terminal: Terminal, status: number): Promise<void> {

@@ -4,7 +4,15 @@
 import { describe, expect, test } from "bun:test";
 import { mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { environment, hypura, type Outcome, program, type RunOptions, scratchFolder, tinyModel } from "./program";
+import {
+  environment,
+  hypura,
+  type Outcome,
+  program,
+  type RunOptions,
+  scratchFolder,
+  tinyModel,
+} from "./program";
 
 const folder = scratchFolder();
 const model = await tinyModel(folder);
@@ -40,7 +48,12 @@ type Case = readonly [string, readonly string[], number, RegExp, RunOptions?];
 const ask = ["--prompt", "hi", "--max-tokens", "3", "--threads", "1"];
 
 const fileCases: readonly Case[] = [
-  ["no such file", ["run", path("nofile.gguf"), ...ask], 3, /there is no file .*nofile\.gguf.*: check the path/],
+  [
+    "no such file",
+    ["run", path("nofile.gguf"), ...ask],
+    3,
+    /there is no file .*nofile\.gguf.*: check the path/,
+  ],
   ["a folder without models", ["run", path("folder.gguf"), ...ask], 2, /is a folder.*: give/],
   ["a folder with models", ["run", folder, ...ask], 2, /is a folder: give one of its files/],
   ["a truncated file", ["run", path("truncated.gguf"), ...ask], 4, /truncated\.gguf.*(download|convert)/],
@@ -48,10 +61,20 @@ const fileCases: readonly Case[] = [
   ["a text file", ["run", path("text.gguf"), ...ask], 4, /text\.gguf.*(no|not).*GGUF/],
   ["an empty file", ["run", path("empty.gguf"), ...ask], 4, /empty\.gguf.*empty/],
   ["an unknown architecture", ["run", path("zebra.gguf"), ...ask], 4, /zebra/],
-  ["an architecture that steers the terminal", ["run", path("hostile.gguf"), ...ask], 4, /\\u001b\[2J|\\x1b\[2J/],
+  [
+    "an architecture that steers the terminal",
+    ["run", path("hostile.gguf"), ...ask],
+    4,
+    /\\u001b\[2J|\\x1b\[2J/,
+  ],
   ["a link to itself", ["run", path("loop.gguf"), ...ask], 6, /symbolic link.*: mend/],
   ["a device", ["run", "/dev/null", ...ask], 4, /give the path of a \.gguf file/],
-  ["too little memory", ["run", model, "--memory", "100M", ...ask], 5, /100 MB are allowed by --memory.*too few: /],
+  [
+    "too little memory",
+    ["run", model, "--memory", "100M", ...ask],
+    5,
+    /100 MB are allowed by --memory.*too few: /,
+  ],
   ["inspect: no such file", ["inspect", path("nofile.gguf")], 3, /check the path/],
   ["inspect: a truncated file", ["inspect", path("truncated.gguf")], 4, /truncated\.gguf/],
   ["inspect: an empty file", ["inspect", path("empty.gguf")], 4, /empty/],
@@ -62,15 +85,35 @@ const flagCases: readonly Case[] = [
   ["a command like nothing", ["xylophone"], 2, /`hypura help` lists/],
   ["help for an unknown command", ["help", "inspct"], 2, /did you mean `hypura inspect`\?/],
   ["no model", ["run"], 2, /needs a MODEL: see `hypura help run`/],
-  ["an unknown flag", ["run", model, "--max-token", "5"], 2, /has no option "--max-token": did you mean --max-tokens\?/],
+  [
+    "an unknown flag",
+    ["run", model, "--max-token", "5"],
+    2,
+    /has no option "--max-token": did you mean --max-tokens\?/,
+  ],
   ["a flag without its value", ["run", model, "--prompt"], 2, /--prompt needs a value/],
   ["a value for a switch", ["run", model, ...ask, "--json=maybe"], 2, /--json takes no value/],
-  ["a loose argument", ["run", model, "hello"], 2, /"hello" is one argument too many: give the question as --prompt/],
+  [
+    "a loose argument",
+    ["run", model, "hello"],
+    2,
+    /"hello" is one argument too many: give the question as --prompt/,
+  ],
   ["negative temperature", ["run", model, ...ask, "--temp", "-1"], 2, /--temp "-1": give a number from 0/],
   ["no number", ["run", model, ...ask, "--top-k", "many"], 2, /--top-k "many": give a whole number/],
-  ["a fraction of a token", ["run", model, "--prompt", "hi", "--max-tokens", "1.5"], 2, /--max-tokens "1\.5": give a whole/],
+  [
+    "a fraction of a token",
+    ["run", model, "--prompt", "hi", "--max-tokens", "1.5"],
+    2,
+    /--max-tokens "1\.5": give a whole/,
+  ],
   ["no tokens", ["run", model, "--prompt", "hi", "--max-tokens=0"], 2, /--max-tokens "0"/],
-  ["a probability above one", ["run", model, ...ask, "--top-p", "1.01"], 2, /--top-p "1\.01": give a number from 0 to 1/],
+  [
+    "a probability above one",
+    ["run", model, ...ask, "--top-p", "1.01"],
+    2,
+    /--top-p "1\.01": give a number from 0 to 1/,
+  ],
   ["a negative probability", ["run", model, ...ask, "--min-p", "-0.1"], 2, /--min-p "-0\.1"/],
   ["not a number at all", ["run", model, ...ask, "--top-p", "NaN"], 2, /--top-p "NaN"/],
   ["infinity", ["run", model, ...ask, "--temp", "Infinity"], 2, /--temp "Infinity"/],
@@ -78,16 +121,31 @@ const flagCases: readonly Case[] = [
   ["a seed of 2^32", ["run", model, ...ask, "--seed", "4294967296"], 2, /--seed "4294967296"/],
   ["an absurd context", ["run", model, ...ask, "--context", "1e30"], 2, /--context "1e30"/],
   ["no threads", ["run", model, ...ask, "--threads", "0"], 2, /--threads "0"/],
-  ["a size that is none", ["run", model, ...ask, "--memory", "lots"], 2, /--memory "lots": give a size such as/],
+  [
+    "a size that is none",
+    ["run", model, ...ask, "--memory", "lots"],
+    2,
+    /--memory "lots": give a size such as/,
+  ],
   ["no memory", ["run", model, ...ask, "--memory", "0"], 2, /--memory "0"/],
   ["an empty stop text", ["run", model, ...ask, "--stop="], 2, /--stop.*empty.*: give/],
   ["two prompts", ["run", model, ...ask, "--prompt-file", model], 2, /both given: give one/],
   ["an empty prompt", ["run", model, "--prompt", ""], 2, /the prompt is empty.*: give a question/],
   ["a prompt of blanks", ["run", model, "--prompt", " \n"], 2, /the prompt is empty/],
   ["nothing on stdin", ["run", model], 2, /the prompt is empty \(stdin\)/],
-  ["a missing prompt file", ["run", model, "--prompt-file", path("none.txt")], 3, /there is no prompt file.*: check/],
+  [
+    "a missing prompt file",
+    ["run", model, "--prompt-file", path("none.txt")],
+    3,
+    /there is no prompt file.*: check/,
+  ],
   ["a prompt file that is a folder", ["run", model, "--prompt-file", folder], 6, /cannot be read/],
-  ["a prompt that is no UTF-8", ["run", model, "--prompt-file", path("latin1.txt")], 2, /not UTF-8 text: convert/],
+  [
+    "a prompt that is no UTF-8",
+    ["run", model, "--prompt-file", path("latin1.txt")],
+    2,
+    /not UTF-8 text: convert/,
+  ],
   ["stdin that is no UTF-8", ["run", model], 2, /stdin is not UTF-8/, { stdin: Uint8Array.of(0xff, 0xfe) }],
   ["chat and --json", ["run", model, "--interactive", "--json"], 2, /--json prints one answer/],
   ["chat and --raw", ["run", model, "--interactive", "--raw"], 2, /--raw continues a text/],
@@ -138,7 +196,9 @@ test("--json puts the error on stdout too, for the same exit status", async () =
   ] as const) {
     const outcome = await hypura(args);
     expectOneLine(outcome, status, /./);
-    const { error } = JSON.parse(outcome.stdout) as { readonly error: { readonly code: string; readonly message: string } };
+    const { error } = JSON.parse(outcome.stdout) as {
+      readonly error: { readonly code: string; readonly message: string };
+    };
     expect(error.code).toBe(code);
     expect(outcome.stderr).toContain(error.message);
   }
@@ -148,7 +208,12 @@ describe("a stdout that closes", () => {
   const quote = (words: readonly string[]): string => words.map((word) => `'${word}'`).join(" ");
 
   async function inBash(script: string): Promise<Outcome> {
-    const child = Bun.spawn(["bash", "-c", script], { env: { ...environment }, stdin: "ignore", stdout: "pipe", stderr: "pipe" });
+    const child = Bun.spawn(["bash", "-c", script], {
+      env: { ...environment },
+      stdin: "ignore",
+      stdout: "pipe",
+      stderr: "pipe",
+    });
     const [stdout, stderr, status] = await Promise.all([
       new Response(child.stdout).text(),
       new Response(child.stderr).text(),

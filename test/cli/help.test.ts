@@ -8,7 +8,9 @@ import { hypura } from "./program";
 
 describe("help", () => {
   test("is the same by every road", async () => {
-    const pages = await Promise.all([[], ["help"], ["--help"], ["-h"], ["help", "help"]].map((args) => hypura(args)));
+    const pages = await Promise.all(
+      [[], ["help"], ["--help"], ["-h"], ["help", "help"]].map((args) => hypura(args)),
+    );
     for (const page of pages) {
       expect(page).toEqual({ status: 0, stdout: pages[0]?.stdout ?? "", stderr: "" });
     }
@@ -17,7 +19,13 @@ describe("help", () => {
 
   test("of a command is the same by every road, fits 100 columns, and is not coloured in a pipe", async () => {
     for (const name of ["run", "inspect", "version"]) {
-      const roads = [["help", name], [name, "--help"], [name, "-h"], [name, "x.gguf", "--bogus", "--help"], ["--help", name]];
+      const roads = [
+        ["help", name],
+        [name, "--help"],
+        [name, "-h"],
+        [name, "x.gguf", "--bogus", "--help"],
+        ["--help", name],
+      ];
       const pages = await Promise.all(roads.map((args) => hypura(args)));
       for (const page of pages) {
         expect(page).toEqual({ status: 0, stdout: pages[0]?.stdout ?? "", stderr: "" });
@@ -33,9 +41,9 @@ describe("help", () => {
 
   test("names every flag that there is", async () => {
     const { stdout } = await hypura(["help", "run"]);
-    for (const flag of (
-      "prompt prompt-file interactive system max-tokens context seed temp top-k top-p min-p stop raw json verbose threads memory"
-    ).split(" ")) {
+    for (const flag of "prompt prompt-file interactive system max-tokens context seed temp top-k top-p min-p stop raw json verbose threads memory".split(
+      " ",
+    )) {
       expect(stdout).toContain(`--${flag} `);
     }
   });
@@ -72,7 +80,10 @@ describe("a command line", () => {
   });
 
   test("keeps every value of a repeated flag", () => {
-    expect(repeatedFlag("stop", words("m", "--stop", "a", "--stop=b", "--prompt", "--stop=c"))).toEqual(["a", "b"]);
+    expect(repeatedFlag("stop", words("m", "--stop", "a", "--stop=b", "--prompt", "--stop=c"))).toEqual([
+      "a",
+      "b",
+    ]);
     expect(repeatedFlag("stop", words("--", "--stop=d"))).toEqual([]);
   });
 });

@@ -61,13 +61,32 @@ test("a model that does not fit is shown with the reason, and that is a success"
 test("--json holds everything, and the plan that run follows", async () => {
   const outcome = await hypura(["inspect", moe, "--json", "--context", "300", "--threads", "1"]);
   const value = JSON.parse(outcome.stdout);
-  expect(Object.keys(value)).toEqual(["path", "files", "gguf", "model", "metadata", "tensors", "machine", "budgetBytes", "plan", "refusal"]);
-  expect(value.model).toMatchObject({ architecture: "llama", expertCount: 8, strideCount: 72, streamableBytes: 2_654_208 });
+  expect(Object.keys(value)).toEqual([
+    "path",
+    "files",
+    "gguf",
+    "model",
+    "metadata",
+    "tensors",
+    "machine",
+    "budgetBytes",
+    "plan",
+    "refusal",
+  ]);
+  expect(value.model).toMatchObject({
+    architecture: "llama",
+    expertCount: 8,
+    strideCount: 72,
+    streamableBytes: 2_654_208,
+  });
   expect(value.metadata["general.architecture"]).toBe("llama");
   expect(value.metadata["tokenizer.ggml.tokens"]).toMatchObject({ elementType: "str", count: 512 });
   expect(value.plan).toMatchObject({ contextTokens: 300, decodeThreads: 1, mode: "full-resident" });
   expect(value.refusal).toBeNull();
-  const sum = value.tensors.reduce((total: number, tensor: { readonly sizeBytes: number }) => total + tensor.sizeBytes, 0);
+  const sum = value.tensors.reduce(
+    (total: number, tensor: { readonly sizeBytes: number }) => total + tensor.sizeBytes,
+    0,
+  );
   expect(sum).toBe(value.model.tensorBytes);
 });
 

@@ -13,7 +13,9 @@ export const root = join(import.meta.dir, "..", "..");
 const executable = process.env["HYPURA_PROGRAM"] ?? join(root, "dist", "hypura");
 
 /** The words that start hypura. */
-export const program: readonly string[] = existsSync(executable) ? [executable] : [process.execPath, join(root, "src", "main.ts")];
+export const program: readonly string[] = existsSync(executable)
+  ? [executable]
+  : [process.execPath, join(root, "src", "main.ts")];
 
 /** Where the program finds its library and unpacks it; nothing of it outside the tree. */
 export const environment: Readonly<Record<string, string | undefined>> = {
@@ -106,7 +108,7 @@ export async function smolLm2(): Promise<string | null> {
 export async function eventually<Value>(
   look: () => Value | undefined | Promise<Value | undefined>,
   describe: () => string | Promise<string>,
-  seconds = 60,
+  seconds = 30,
 ): Promise<Value> {
   const deadline = performance.now() + seconds * 1000;
   while (performance.now() < deadline) {

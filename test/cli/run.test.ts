@@ -57,7 +57,13 @@ describe("the prompt", () => {
   test("is wrapped by the chat template, and not with --raw", async () => {
     const wrapped = await answer(["--prompt", "hello", ...greedy]);
     const raw = await answer(["--prompt", "hello", "--raw", ...greedy]);
-    const withSystem = await answer(["--prompt", "hello", "--system", "You are a very terse poet.", ...greedy]);
+    const withSystem = await answer([
+      "--prompt",
+      "hello",
+      "--system",
+      "You are a very terse poet.",
+      ...greedy,
+    ]);
     expect(raw.timings.promptTokens).toBeLessThan(wrapped.timings.promptTokens);
     expect(withSystem.timings.promptTokens).not.toBe(wrapped.timings.promptTokens);
   });
@@ -70,7 +76,11 @@ describe("the prompt", () => {
 
 describe("flags", () => {
   test("--max-tokens counts", async () => {
-    const { finish, timings } = await answer(["--prompt", "hi", "--max-tokens", "7", "--temp", "0"], "", endless);
+    const { finish, timings } = await answer(
+      ["--prompt", "hi", "--max-tokens", "7", "--temp", "0"],
+      "",
+      endless,
+    );
     expect([finish, timings.generatedTokens]).toEqual(["length", 7]);
   });
 
@@ -97,13 +107,34 @@ describe("flags", () => {
   test("--stop ends before any of its texts", async () => {
     const { text } = await answer(["--prompt", "hi", "--temp", "0", "--max-tokens", "40"]);
     const stop = text.slice(10, 13);
-    const cut = await answer(["--prompt", "hi", "--temp", "0", "--max-tokens", "40", "--stop", "never said", "--stop", stop]);
+    const cut = await answer([
+      "--prompt",
+      "hi",
+      "--temp",
+      "0",
+      "--max-tokens",
+      "40",
+      "--stop",
+      "never said",
+      "--stop",
+      stop,
+    ]);
     expect(cut.text).toBe(text.slice(0, text.indexOf(stop)));
     expect(cut.finish).toBe("stop");
   });
 
   test("--context ends the answer when it is full", async () => {
-    const outcome = await hypura(["run", endless, "--prompt", "hi", "--context", "256", "--temp", "0", ...one]);
+    const outcome = await hypura([
+      "run",
+      endless,
+      "--prompt",
+      "hi",
+      "--context",
+      "256",
+      "--temp",
+      "0",
+      ...one,
+    ]);
     expect(outcome.stderr).toMatch(/the context of 256 tokens is full/);
     expect(outcome.status).toBe(0);
   });
@@ -116,7 +147,16 @@ describe("flags", () => {
   });
 
   test("--verbose says what was decided and why", async () => {
-    const { stderr } = await hypura(["run", model, "--prompt", "hi", ...greedy, "--verbose", "--threads", "1"]);
+    const { stderr } = await hypura([
+      "run",
+      model,
+      "--prompt",
+      "hi",
+      ...greedy,
+      "--verbose",
+      "--threads",
+      "1",
+    ]);
     expect(stderr).toMatch(/^mode: full-resident \(.*fit in.*\)$/m);
     expect(stderr).toMatch(/^threads: 1 \(asked for\)$/m);
   });
@@ -128,7 +168,9 @@ describe("streams", () => {
     const { text } = await answer(args);
     const outcome = await hypura(["run", model, ...args]);
     expect(outcome.stdout).toBe(`${text}\n`);
-    expect(outcome.stderr).toMatch(/^12 tokens at [\d.]+ tok\/s, prompt \d+ at [^\n]+full-resident: [^\n]+\n$/);
+    expect(outcome.stderr).toMatch(
+      /^12 tokens at [\d.]+ tok\/s, prompt \d+ at [^\n]+full-resident: [^\n]+\n$/,
+    );
     expect(outcome.stderr).not.toContain("\x1b");
   });
 
@@ -141,9 +183,24 @@ describe("streams", () => {
 });
 
 describe("Ctrl-C", () => {
-  const args = ["run", endless, "--prompt", "hi", "--context", "60000", "--max-tokens", "50000", "--temp", "0", ...one];
+  const args = [
+    "run",
+    endless,
+    "--prompt",
+    "hi",
+    "--context",
+    "60000",
+    "--max-tokens",
+    "50000",
+    "--temp",
+    "0",
+    ...one,
+  ];
 
-  async function interrupted(more: readonly string[], isAnswering: (stdout: string, stderr: string) => boolean) {
+  async function interrupted(
+    more: readonly string[],
+    isAnswering: (stdout: string, stderr: string) => boolean,
+  ) {
     const child = Bun.spawn([...program, ...args, ...more], {
       env: { ...environment },
       stdin: "ignore",

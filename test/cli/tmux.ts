@@ -31,7 +31,10 @@ const socket = `hypura-test-${process.pid}`;
 let count = 0;
 
 function tmux(...args: readonly string[]): string {
-  const result = Bun.spawnSync(["tmux", "-u", "-L", socket, ...args], { env: { ...environment, TMUX: undefined }, stderr: "pipe" });
+  const result = Bun.spawnSync(["tmux", "-u", "-L", socket, ...args], {
+    env: { ...environment, TMUX: undefined },
+    stderr: "pipe",
+  });
   if (!result.success) {
     throw new Error(`tmux ${args[0]} failed: ${result.stderr.toString()}`);
   }
