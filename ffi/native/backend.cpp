@@ -156,6 +156,7 @@ struct StreamDevice::Impl {
     StreamingSpec spec;
     DelegateFactory & delegate;
     FileSource source;
+    std::unique_ptr<ReadSource> wrapped_source; // of a test
     HostPool host_pool;
     DelegatePool delegate_pool;
     bool pool_is_host = true;
@@ -223,7 +224,10 @@ bool StreamDevice::Impl::open(std::string * sentence) {
         host_buffer.reset(ggml_backend_cpu_buffer_from_ptr(host_pool.host(0), host_pool.bytes()));
     }
     PoolMemory * pool = pool_is_host ? static_cast<PoolMemory *>(&host_pool) : &delegate_pool;
-    if (!stream.open(spec.stream, &source, pool, sentence)) {
+    if (spec.wrap_source) {
+        wrapped_source = spec.wrap_source(source);
+    }
+    if (!stream.open(spec.stream, wrapped_source ? wrapped_source.get() : &source, pool, sentence)) {
         return false;
     }
     weights.resize(spec.tensors.size());

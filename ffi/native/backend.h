@@ -13,9 +13,12 @@
 #include "ggml-backend.h"
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
+
+struct ggml_threadpool;
 
 namespace hypura {
 
@@ -33,6 +36,8 @@ struct StreamingSpec {
     bool huge_pages = false;
     uint32_t touch_threads = 0;
     uint32_t ubatch_tokens = 0; // no pass over a streamed op has more
+    // Tests put a faulty layer between the files and the readers; empty: none.
+    std::function<std::unique_ptr<ReadSource>(ReadSource & files)> wrap_source;
     // Work memory of one product over several slots grows with (slots spanned) x (token, expert) pairs; above this
     // many bytes the experts are computed one by one.
     uint64_t span_work_bytes = 0;
@@ -52,11 +57,7 @@ public:
 };
 
 // llama.cpp's CPU backend, on a thread pool that the engine owns and llama.cpp shares.
-std::unique_ptr<DelegateFactory> make_cpu_delegate(struct ggml_threadpool * threads);
-
-// The same kernels behind buffers that say they are not host memory and refuse direct access: proves, in tests, that
-// a GPU delegate needs no other path.
-std::unique_ptr<DelegateFactory> make_opaque_delegate(struct ggml_threadpool * threads);
+std::unique_ptr<DelegateFactory> make_cpu_delegate(ggml_threadpool * threads);
 
 // Counts of the backend itself; the stream has its own.
 struct BackendCounters {

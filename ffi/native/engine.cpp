@@ -311,7 +311,7 @@ struct Engine::Core {
     std::unique_ptr<server_routes> routes;
     std::map<std::string, const server_http_context::handler_t *> table;
 
-    bool open_device(const OpenPlan & plan, std::string * error);
+    bool open_device(const OpenPlan & plan, const EngineSeams & seams, std::string * error);
     void make_table();
     const server_http_context::handler_t * find(const std::string & method_and_path) const {
         const auto it = table.find(method_and_path);
@@ -320,7 +320,7 @@ struct Engine::Core {
 };
 
 // One thread pool for llama.cpp and for the delegate: two that spin would starve each other and the readers.
-bool Engine::Core::open_device(const OpenPlan & plan, std::string * error) {
+bool Engine::Core::open_device(const OpenPlan & plan, const EngineSeams & seams, std::string * error) {
     ggml_threadpool_params tp = ggml_threadpool_params_default(
         static_cast<int>(std::max(plan.decode_threads, plan.prefill_threads)));
     tp.poll = plan.poll_percent;
@@ -329,8 +329,10 @@ bool Engine::Core::open_device(const OpenPlan & plan, std::string * error) {
         *error = "the system has no threads left for computing";
         return false;
     }
-    delegate = make_cpu_delegate(threads.get());
-    device = StreamDevice::open(streaming_spec(plan), *delegate, error);
+    delegate = seams.make_delegate ? seams.make_delegate(threads.get()) : make_cpu_delegate(threads.get());
+    StreamingSpec spec = streaming_spec(plan);
+    spec.wrap_source = seams.wrap_source;
+    device = StreamDevice::open(std::move(spec), *delegate, error);
     if (!device) {
         return false;
     }
@@ -681,13 +683,14 @@ int32_t Engine::active_requests() {
 
 // ------------------------------------------------------------------------------------------------ its life
 
-Engine::Engine(OpenPlan plan, int fd) : plan_(std::move(plan)), events_(fd) {}
+Engine::Engine(OpenPlan plan, int fd, EngineSeams seams)
+    : plan_(std::move(plan)), seams_(std::move(seams)), events_(fd) {}
 
 Engine::~Engine() = default;
 
-std::unique_ptr<Engine> Engine::start(OpenPlan plan, int fd, std::function<void()> on_closed) {
+std::unique_ptr<Engine> Engine::start(OpenPlan plan, int fd, std::function<void()> on_closed, EngineSeams seams) {
     install_hooks_once();
-    std::unique_ptr<Engine> engine(new Engine(std::move(plan), fd));
+    std::unique_ptr<Engine> engine(new Engine(std::move(plan), fd, std::move(seams)));
     {
         std::lock_guard<std::mutex> lock(listeners().mutex);
         listeners().writers.insert(&engine->events_);
@@ -763,7 +766,7 @@ bool Engine::load() {
     core_ = std::make_unique<Core>();
     core_->params = params_of(plan_);
     std::string error;
-    if (!plan_.streaming.tensors.empty() && !core_->open_device(plan_, &error)) {
+    if (!plan_.streaming.tensors.empty() && !core_->open_device(plan_, seams_, &error)) {
         fail("engine", error);
         return false;
     }

@@ -23,6 +23,8 @@
 #include <string_view>
 #include <vector>
 
+struct ggml_threadpool;
+
 namespace hypura {
 
 struct PlanFile {
@@ -79,6 +81,14 @@ struct OpenPlan {
     PlanStreaming streaming;
 };
 
+class DelegateFactory; // backend.h
+
+// What tests replace; empty members mean the real thing.
+struct EngineSeams {
+    std::function<std::unique_ptr<ReadSource>(ReadSource & files)> wrap_source;
+    std::function<std::unique_ptr<DelegateFactory>(ggml_threadpool *)> make_delegate;
+};
+
 // Throws std::exception when `json` is not a plan.
 OpenPlan parse_plan(std::string_view json);
 
@@ -89,7 +99,8 @@ class Engine {
 public:
     // Starts loading on a thread of its own and returns at once; `on_closed` runs on that thread as the last thing
     // that touches the engine, and may delete it. Throws std::system_error when no thread can be had.
-    static std::unique_ptr<Engine> start(OpenPlan plan, int fd, std::function<void()> on_closed);
+    static std::unique_ptr<Engine> start(OpenPlan plan, int fd, std::function<void()> on_closed,
+                                         EngineSeams seams = {});
 
     ~Engine();
     Engine(const Engine &) = delete;
@@ -108,7 +119,7 @@ private:
     struct Core;    // the server core and, under it, the streaming device; engine.cpp
     struct Request; // one request in flight; engine.cpp
 
-    Engine(OpenPlan plan, int fd);
+    Engine(OpenPlan plan, int fd, EngineSeams seams);
 
     void run();                 // the engine's thread: load, loop, tear down
     bool verify_plan();         // (name, offset, bytes) of the plan against the files; says why not
@@ -121,6 +132,7 @@ private:
     void fail(const char * code, const std::string & message);
 
     const OpenPlan plan_;
+    const EngineSeams seams_;
     EventWriter events_;
     std::unique_ptr<Core> core_;
 

@@ -1,10 +1,12 @@
-// hypura-logits PLAN.json TOKENS COUNT: are the engine's logits, bit for bit, those of a plain libllama program?
+// hypura-logits PLAN.json TOKENS COUNT [opaque]: are the engine's logits, bit for bit, those of a plain libllama program?
 //
 // The same process runs one greedy generation twice: through hypura's engine (server core, plan, events), with
 // llama_get_logits_ith wrapped by the linker to copy every row the core samples from; then as a plain program over
 // llama.h, resident and with the plan's numbers. The rows are compared with memcmp. The core exposes no logits, which
-// is why this is a program and not a test through the ABI. Prints one JSON line; exit status 0 when all are equal.
+// is why this is a program and not a test through the ABI. `opaque` computes streamed weights through a delegate whose
+// memory is not the host's. Prints one JSON line; exit status 0 when all are equal.
 #include "../../ffi/native/engine.h"
+#include "opaque_delegate.h"
 
 #include "llama.h"
 
@@ -68,7 +70,7 @@ std::string read_until(int fd, const char * what) {
     return all;
 }
 
-bool run_engine(const hypura::OpenPlan & plan, const std::string & tokens, int count) {
+bool run_engine(const hypura::OpenPlan & plan, const std::string & tokens, int count, hypura::EngineSeams seams) {
     std::mutex mutex;
     std::condition_variable closed;
     bool is_closed = false;
@@ -77,7 +79,7 @@ bool run_engine(const hypura::OpenPlan & plan, const std::string & tokens, int c
         std::lock_guard<std::mutex> lock(mutex);
         is_closed = true;
         closed.notify_all();
-    });
+    }, std::move(seams));
     const std::string opened = read_until(life.theirs, "\"event\":\"ready\"");
     if (opened.find("\"event\":\"ready\"") == std::string::npos) {
         fprintf(stderr, "the engine did not open: %s\n", opened.c_str());
@@ -149,9 +151,13 @@ std::vector<Row> run_plain(const hypura::OpenPlan & plan, std::vector<llama_toke
 } // namespace
 
 int main(int argc, char ** argv) {
-    if (argc != 4) {
-        fprintf(stderr, "usage: hypura-logits PLAN.json 1,2,3 COUNT\n");
+    if (argc != 4 && argc != 5) {
+        fprintf(stderr, "usage: hypura-logits PLAN.json 1,2,3 COUNT [opaque]\n");
         return 2;
+    }
+    hypura::EngineSeams seams;
+    if (argc == 5) {
+        seams.make_delegate = hypura::make_opaque_delegate;
     }
     std::ifstream file(argv[1]);
     std::stringstream text;
@@ -163,7 +169,7 @@ int main(int argc, char ** argv) {
         tokens.push_back(std::stoi(token));
     }
     const int count = std::stoi(argv[3]);
-    if (!run_engine(plan, argv[2], count)) {
+    if (!run_engine(plan, argv[2], count, std::move(seams))) {
         return 2;
     }
     hypura::OpenPlan resident = plan;

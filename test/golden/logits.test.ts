@@ -1,56 +1,24 @@
-// The engine against a plain libllama program from the same build: the logits of every step, with memcmp.
+// The engine against a plain libllama program from the same build: the logits of every step, with memcmp. Everything
+// resident; streaming.test.ts has the rest.
 
-import { afterAll, describe, expect, test } from "bun:test";
-import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { readMachine } from "../../src/machine";
-import { openModelFile } from "../../src/modelfile";
-import { makePlan, noLimits, type Plan } from "../../src/plan";
 import { makeFixture } from "../fixtures";
 import { smolLm2OrSkip } from "../models";
+import { compareLogits, hasLogits, planFor, someTokens } from "./compare";
 
-const program = join(import.meta.dir, "..", "..", "build", "native", "hypura-logits");
-const folder = mkdtempSync(join(tmpdir(), "hypura-logits-"));
+const steps = 16;
+let folder = "";
+beforeAll(() => {
+  folder = mkdtempSync(join(tmpdir(), "hypura-golden-"));
+});
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
-interface Verdict {
-  readonly steps: number;
-  readonly engineSteps: number;
-  readonly equalSteps: number;
-  readonly vocabTokens: number;
-}
-
-async function compare(plan: Plan, tokens: readonly number[], count: number): Promise<Verdict> {
-  const file = join(folder, "plan.json");
-  writeFileSync(file, JSON.stringify(plan));
-  const child = Bun.spawn([program, file, tokens.join(","), String(count)], { stdout: "pipe", stderr: "pipe" });
-  const [out, err] = await Promise.all([new Response(child.stdout).text(), new Response(child.stderr).text()]);
-  await child.exited;
-  if (out === "") {
-    throw new Error(`hypura-logits said nothing: ${err}`);
-  }
-  return JSON.parse(out) as Verdict;
-}
-
-function planFor(path: string): Plan {
-  const file = openModelFile(path);
-  return makePlan({ name: "golden", files: file.files, model: file.model }, readMachine(), {
-    ...noLimits,
-    contextTokens: 512,
-  });
-}
-
-/** Token ids that any vocabulary has, spread over its lower part. */
-function someTokens(count: number): readonly number[] {
-  return Array.from({ length: count }, (_, i) => 3 + ((i * 37) % 200));
-}
-
-describe.skipIf(!existsSync(program))("logits equal those of plain libllama", () => {
-  const steps = 16;
-
+describe.skipIf(!hasLogits())("logits equal those of plain libllama", () => {
   async function expectEqual(path: string, promptTokens: number): Promise<void> {
-    const verdict = await compare(planFor(path), someTokens(promptTokens), steps);
+    const verdict = await compareLogits(planFor(path), someTokens(promptTokens), steps);
     expect(verdict).toEqual({ ...verdict, steps, engineSteps: steps, equalSteps: steps });
     expect(verdict.vocabTokens).toBeGreaterThan(200);
   }
