@@ -2,6 +2,7 @@
 // text. It owns the life of a model in a script and the shape of a reply; the command line opens models by the same
 // `prepare`. It knows no terminal.
 
+import { availableParallelism } from "node:os";
 import { basename } from "node:path";
 import { type Engine, openEngine } from "./engine";
 import { HypuraError } from "./errors";
@@ -33,7 +34,7 @@ export type { Plan } from "./plan";
 export interface ModelOptions {
   /** Tokens the model can look back on; by default 4,096, or what the model was trained for or what fits. */
   readonly contextTokens?: number;
-  /** Compute threads; by default one for each core. */
+  /** Compute threads; by default one for each core, at most one for each processor. */
   readonly threads?: number;
   /** Use at most so many bytes of memory; by default what is free. */
   readonly memoryBytes?: number;
@@ -104,6 +105,13 @@ export function planOf(file: ModelFile, limits: PlanLimits, machine: Machine = r
     throw new HypuraError(
       "unsupported-model",
       `${JSON.stringify(basename(file.path))} (${file.model.architecture}) turns text into vectors and generates none: take a language model`,
+    );
+  }
+  // ggml's threads wait for each other at every operation: more than there are processors take minutes for a token.
+  if (limits.threads !== null && limits.threads > availableParallelism()) {
+    throw new HypuraError(
+      "usage",
+      `${limits.threads} threads are more than this machine has processors: give at most ${availableParallelism()}`,
     );
   }
   const name = basename(file.path).replace(/(-00001-of-\d{5})?\.gguf$/i, "");

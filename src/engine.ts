@@ -3,7 +3,7 @@
 // device facts). It knows no dialect: a route's body and chunks pass through as they are.
 
 import { closeSync } from "node:fs";
-import { nativeLibrary, type EngineId } from "../ffi/native";
+import { type EngineId, nativeLibrary } from "../ffi/native";
 import { type ErrorCode, HypuraError } from "./errors";
 import type { Plan } from "./plan";
 
@@ -39,7 +39,12 @@ export class RequestError extends HypuraError {
   /** What else the engine says about it, by the core's names. */
   readonly details: Readonly<Record<string, unknown>>;
 
-  constructor(status: number, type: string, message: string, details: Readonly<Record<string, unknown>> = {}) {
+  constructor(
+    status: number,
+    type: string,
+    message: string,
+    details: Readonly<Record<string, unknown>> = {},
+  ) {
     super("request", message);
     this.name = "RequestError";
     this.status = status;
@@ -108,6 +113,12 @@ export function openEngine(plan: Plan, options: OpenOptions = {}): Promise<Engin
   );
 }
 
+/** llama.cpp names the cause in its own words, function names first. */
+function loadFailure(reason: string): string {
+  const cause = reason.replace(/^(\w+: |error loading model: )+/, "");
+  return `llama.cpp cannot load the model (${cause}): the file may be incomplete, download or convert it again`;
+}
+
 /** Reads the engine's own descriptor from open to closed, and holds what ends with it. */
 class EngineLife {
   readonly ready: Promise<EngineInfo>;
@@ -142,11 +153,16 @@ class EngineLife {
           resolve(event.info);
           break;
         case "error":
-          failure = new HypuraError(event.code, event.message);
+          failure = new HypuraError(
+            event.code,
+            event.code === "engine" ? loadFailure(event.message) : event.message,
+          );
           break;
         case "fatal":
           // The engine's thread stands still and "closed" will never come.
-          this.#die(new HypuraError("engine", `the engine stopped on an assertion of llama.cpp: ${event.message}`));
+          this.#die(
+            new HypuraError("engine", `the engine stopped on an assertion of llama.cpp: ${event.message}`),
+          );
           lines.cancel();
           break;
         case "closed":

@@ -3,9 +3,10 @@
 // that it does not know, and a typing mistake must not be ignored.
 
 import type { ArgDef, ArgsDef, CommandDef } from "citty";
+import { consola } from "consola";
 import { HypuraError } from "../errors";
-import type { PlanLimits } from "../plan";
-import { nearest, parseBytes } from "../text";
+import type { Plan, PlanLimits } from "../plan";
+import { countText, nearest, parseBytes } from "../text";
 
 export interface Command {
   readonly definition: CommandDef<ArgsDef>;
@@ -192,4 +193,13 @@ export function limitsOf(
     threads: numberFlag("threads", flags.threads, { least: 1, most: 512, integer: true }) ?? null,
     memoryBytes: bytesFlag("memory", flags.memory) ?? null,
   };
+}
+
+/** Says that the plan has less context than was asked for, where it has. */
+export function warnOfCut(limits: PlanLimits, plan: Plan): void {
+  const { contextTokens } = plan;
+  if (limits.contextTokens !== null && limits.contextTokens > contextTokens) {
+    const trained = `the model was trained for ${countText(contextTokens)} tokens of context`;
+    consola.warn(`${trained}: --context ${limits.contextTokens} is taken as ${contextTokens}`);
+  }
 }

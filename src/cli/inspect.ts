@@ -10,7 +10,7 @@ import { kvBytesPerToken, type Model } from "../model";
 import { type ModelFile, openModelFile } from "../modelfile";
 import { type MemoryUse, type Plan, type PlanLimits, totalBytes } from "../plan";
 import { bar, bytesText, clip, countText, plural, printable, shortCountText, table } from "../text";
-import { command, limitArgs, limitsOf } from "./command";
+import { command, limitArgs, limitsOf, warnOfCut } from "./command";
 import { print, stdout } from "./terminal";
 
 export const inspectCommand = command(
@@ -48,6 +48,9 @@ export function inspectText(
 ): string {
   const file = openModelFile(path);
   const verdict = judge(file, limits);
+  if (verdict.plan !== null) {
+    warnOfCut(limits, verdict.plan);
+  }
   return options.json ? `${JSON.stringify(asJson(file, verdict))}\n` : page(file, verdict, options.tensors);
 }
 
@@ -66,7 +69,7 @@ function judge(file: ModelFile, limits: PlanLimits): Verdict {
   try {
     return { machine, budgetBytes, plan: planOf(file, limits, machine), refusal: null };
   } catch (error) {
-    if (error instanceof HypuraError) {
+    if (error instanceof HypuraError && error.code !== "usage") {
       return { machine, budgetBytes, plan: null, refusal: error };
     }
     throw error;

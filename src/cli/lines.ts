@@ -25,6 +25,9 @@ export interface Lines {
 
 /** Line breaks of a paste, while it is edited. */
 const breakMark = "⏎";
+/** Bracketed paste mode, DECSET 2004 of xterm. */
+const pasteOn = "\x1b[?2004h";
+const pasteOff = "\x1b[?2004l";
 const pasteStart = "\x1b[200~";
 const pasteEnd = "\x1b[201~";
 /** A longer paste is shown by its size; readline would redraw it whole at every key. */
@@ -149,7 +152,9 @@ function openPipe(): Lines {
 function openTerminal(prompt: string): Lines {
   const queue = new LineQueue();
   const filter = new PasteFilter();
-  const keys = Object.assign(new PassThrough(), { isTTY: true });
+  // Readline changes the mode itself when Ctrl-Z stops the process and the shell lets it go on.
+  const setRawMode = (raw: boolean): void => void process.stdin.setRawMode(raw);
+  const keys = Object.assign(new PassThrough(), { isTTY: true, setRawMode });
   const held: string[] = [];
   let onInterrupt: (() => void) | undefined;
   let editor: Interface | undefined;
@@ -197,6 +202,10 @@ function openEditor(keys: PassThrough, prompt: string, filter: PasteFilter, queu
   });
   editor.on("line", (line) => queue.push(filter.restore(line)));
   editor.on("close", () => queue.push(null));
+  editor.on("SIGCONT", () => {
+    tell(pasteOn); // the shell had the terminal in between
+    editor.prompt(true);
+  });
   editor.on("SIGINT", () => {
     if (editor.line === "") {
       queue.push(interrupted);
@@ -222,7 +231,7 @@ function takeTerminal(
   const restore = (): void => {
     if (taken) {
       taken = false;
-      tell("\x1b[?2004l");
+      tell(pasteOff);
       stdin.setRawMode(false);
       stdin.off("data", onKeys);
       stdin.pause();
@@ -244,7 +253,7 @@ function takeTerminal(
   stdin.on("data", onKeys);
   stdin.on("end", onEnd);
   stdin.resume();
-  tell("\x1b[?2004h");
+  tell(pasteOn);
   process.on("exit", restore);
   process.on("SIGINT", onInterrupt);
   process.on("SIGTERM", onTerminate);

@@ -16,7 +16,7 @@ import {
 import { type Plan, totalBytes } from "../plan";
 import { bytesText, countText, durationText } from "../text";
 import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
-import { command, limitArgs, limitsOf, numberFlag, repeatedFlag } from "./command";
+import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut } from "./command";
 import { print, stderr, tell } from "./terminal";
 
 const args = {
@@ -173,14 +173,9 @@ interface Prepared {
 /** The plan of this run, said where it is not what was asked for. */
 function prepareRun(flags: Flags, isChat: boolean): Prepared {
   const limits = limitsOf(flags);
-  const { contextTokens } = limits;
   const { file, plan } = prepare(flags.model as string, limits);
   const { trainedContextTokens, hasChatTemplate } = file.model;
-  if (contextTokens !== null && contextTokens > plan.contextTokens) {
-    consola.warn(
-      `the model was trained for ${countText(trainedContextTokens)} tokens of context: --context ${contextTokens} is taken as ${plan.contextTokens}`,
-    );
-  }
+  warnOfCut(limits, plan);
   if (!hasChatTemplate && isChat) {
     throw new HypuraError(
       "unsupported-model",

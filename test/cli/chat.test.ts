@@ -119,7 +119,7 @@ describe("what is known is not evaluated again", () => {
     if (model === null) {
       return;
     }
-    await using loaded = await open(model, { contextTokens: 1024 });
+    await using loaded = await open(model, { contextTokens: 1024, threads: 1 });
     const first = "Name three colours and say in one sentence what each of them is good for.";
     const once = await loaded.chat(first, { temperature: 0, maxTokens: 40 }).answer();
     const talk = withTurn(emptyConversation, first, once.text);
@@ -335,6 +335,26 @@ describe.skipIf(!hasTmux)("at a terminal", () => {
     await expectEnd(other, 0);
   });
 
+  test("Ctrl-Z stops it and fg goes on", async () => {
+    const terminal = openTerminal(["bash", "--norc", "-i"], folder);
+    terminal.type(`${program.join(" ")} run ${endless} --temp 0 --threads 1 --max-tokens 5`);
+    terminal.press("Enter");
+    await terminal.shows(/Ctrl-D leaves\n> ?$/);
+    terminal.type("abc");
+    await terminal.shows(/> abc$/);
+    terminal.press("C-z");
+    await terminal.shows(/Stopped/);
+    terminal.type("fg");
+    terminal.press("Enter");
+    await terminal.shows(/fg\n.*\n> abc$/);
+    terminal.type("def");
+    await terminal.shows(/> abcdef$/);
+    terminal.press("Enter");
+    await terminal.shows(/5 tokens.*\n> ?$/);
+    terminal.press("C-d");
+    await terminal.shows(/bash.*[$#]$/);
+  });
+
   test("a signal from outside leaves the terminal as it was", async () => {
     const terminal = openChat();
     await terminal.shows(/> ?$/);
@@ -364,6 +384,9 @@ console.log();
     const terminal = openTerminal([process.execPath, script], folder);
     await terminal.shows(/Let me think\.\n\\x1b\[2JBlue\.\nstatus=0/);
     expect(readFileSync(terminal.logPath, "latin1")).toContain("\x1b[2mLet me \x1b[22m");
+    const plain = openTerminal(["env", "NO_COLOR=1", process.execPath, script], folder);
+    await plain.shows(/Let me think\.\n[\s\S]*status=0/);
+    expect(readFileSync(plain.logPath, "latin1")).not.toContain("\x1b[2m");
     const piped = Bun.spawnSync([process.execPath, script]);
     expect([piped.stdout.toString(), piped.stderr.toString()]).toEqual(["\x1b[2JBlue.\n", ""]);
   });

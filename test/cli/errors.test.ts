@@ -25,6 +25,11 @@ writeFileSync(path("text.gguf"), "This is a letter and no model.\n".repeat(100))
 writeFileSync(path("empty.gguf"), "");
 writeFileSync(path("zebra.gguf"), withArchitecture(bytes, "zebra"));
 writeFileSync(path("hostile.gguf"), withArchitecture(bytes, "\x1b[2J\n"));
+writeFileSync(
+  path("lacking.gguf"),
+  bytes.toString("latin1").replace("blk.0.ffn_up", "blk.0.ffn_xx"),
+  "latin1",
+);
 writeFileSync(path("latin1.txt"), Uint8Array.of(0x47, 0x72, 0xfc, 0xdf, 0x65));
 mkdirSync(path("folder.gguf"));
 symlinkSync("loop.gguf", path("loop.gguf"));
@@ -66,6 +71,12 @@ const fileCases: readonly Case[] = [
     ["run", path("hostile.gguf"), ...ask],
     4,
     /\\u001b\[2J|\\x1b\[2J/,
+  ],
+  [
+    "a model that lacks a tensor",
+    ["run", path("lacking.gguf"), ...ask],
+    6,
+    /cannot load the model \(.*blk\.0\.ffn_up\.weight.*\): .*download or convert it again/,
   ],
   ["a link to itself", ["run", path("loop.gguf"), ...ask], 6, /symbolic link.*: mend/],
   ["a device", ["run", "/dev/null", ...ask], 4, /give the path of a \.gguf file/],

@@ -35,12 +35,16 @@ const subjects: readonly {
   { name: "gpt-oss", kind: "tiny-gpt-oss" },
   { name: "deepseek2", kind: "tiny-deepseek2" },
   { name: "lfm2moe", kind: "tiny-lfm2moe" },
-  { name: "mixed types, aligned to 8 bytes", kind: "tiny-mixed", options: { alignment: 8 } },
+  { name: "mixed types, nothing at a page", kind: "tiny-mixed" },
 ];
 const promptLengths = [1, 17, 300] as const;
 const threadCounts = [1, 2] as const;
 const ubatches = [32, 512] as const;
-const steps = 6;
+
+/** Threads wait for each other by spinning: where others want the cores, a step of two of them takes a second. */
+function stepsOf(threads: number): number {
+  return threads === 1 ? 6 : 3;
+}
 
 interface Case {
   readonly subject: number;
@@ -65,7 +69,7 @@ function wholeMatrix(): readonly Case[] {
   );
 }
 
-/** Each fixture with each pool, and with each policy; what else varies is drawn. */
+/** Each fixture with each pool, with each policy, and once with two threads; what else varies is drawn. */
 function sample(seed: number): readonly Case[] {
   const random = openRandom(seed);
   return subjects.flatMap((_, subject) => {
@@ -75,7 +79,7 @@ function sample(seed: number): readonly Case[] {
       pool,
       policy: policyKinds[policies[i] as number] as PolicyKind,
       promptTokens: random.pick(promptLengths),
-      threads: random.pick(threadCounts),
+      threads: i === subject % poolSizes.length ? 2 : 1,
       ubatch: random.pick(ubatches),
     }));
   });
@@ -108,6 +112,7 @@ describe.skipIf(!hasLogits())("logits of streamed weights equal those of residen
       ubatchTokens: one.ubatch,
       batchTokens: one.ubatch,
     };
+    const steps = stepsOf(one.threads);
     const verdict = await compareLogits(plan, someTokens(one.promptTokens), steps);
     expect(verdict).toEqual({ ...verdict, steps, engineSteps: steps, equalSteps: steps });
   });
