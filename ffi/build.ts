@@ -47,23 +47,33 @@ function say(step: string): void {
 
 function checkTools(): void {
   if (Bun.semver.order(Bun.version, oldestBun) < 0) {
-    throw new Error(`Bun ${Bun.version} is too old, hypura needs ${oldestBun}: run it as npx --yes bun@${oldestBun} run ...`);
+    throw new Error(
+      `Bun ${Bun.version} is too old, hypura needs ${oldestBun}: run it as npx --yes bun@${oldestBun} run ...`,
+    );
   }
   const mac = process.platform === "darwin";
   if (Bun.which("cmake") === null) {
-    throw new Error(`cmake is missing: install it (${mac ? "brew install cmake" : "Debian: apt install cmake"}; or pip install cmake)`);
+    throw new Error(
+      `cmake is missing: install it (${mac ? "brew install cmake" : "Debian: apt install cmake"}; or pip install cmake)`,
+    );
   }
   const compiler = process.env["CXX"] ?? "c++";
   if (Bun.which(compiler) === null) {
-    throw new Error(`the C++ compiler ${compiler} is missing: install one (${mac ? "xcode-select --install" : "Debian: apt install g++"})`);
+    throw new Error(
+      `the C++ compiler ${compiler} is missing: install one (${mac ? "xcode-select --install" : "Debian: apt install g++"})`,
+    );
   }
   if (Bun.which("ninja") === null && Bun.which("make") === null) {
-    throw new Error(`neither ninja nor make is here: install one (${mac ? "brew install ninja" : "Debian: apt install ninja-build"})`);
+    throw new Error(
+      `neither ninja nor make is here: install one (${mac ? "brew install ninja" : "Debian: apt install ninja-build"})`,
+    );
   }
   const disk = statfsSync(root);
   const free = disk.bavail * disk.bsize;
   if (free < neededDiskBytes && !existsSync(library)) {
-    throw new Error(`the build needs ${Math.ceil(neededDiskBytes / 1e9)} GB of disk under ${root}, ${(free / 1e9).toFixed(1)} GB are free: make room`);
+    throw new Error(
+      `the build needs ${Math.ceil(neededDiskBytes / 1e9)} GB of disk under ${root}, ${(free / 1e9).toFixed(1)} GB are free: make room`,
+    );
   }
 }
 
@@ -97,7 +107,15 @@ async function buildNative(targets: readonly string[]): Promise<void> {
     say(`configuring libhypura${Bun.which("ccache") === null ? "" : " (with ccache)"}`);
     await runQuietly(configure, root);
   }
-  const command = ["cmake", "--build", nativeFolder, "--parallel", String(availableParallelism()), "--target", ...targets];
+  const command = [
+    "cmake",
+    "--build",
+    nativeFolder,
+    "--parallel",
+    String(availableParallelism()),
+    "--target",
+    ...targets,
+  ];
   const child = Bun.spawn(command, { cwd: root, stdout: "pipe", stderr: "pipe", stdin: "ignore" });
   const [log, err] = await Promise.all([followBuild(child.stdout), new Response(child.stderr).text()]);
   if ((await child.exited) !== 0) {
@@ -128,14 +146,17 @@ async function followBuild(stream: ReadableStream<Uint8Array>): Promise<readonly
       log.push(line);
       const ninja = /^\[(\d+)\/(\d+)\]/.exec(line);
       const make = /^\[\s*(\d+)%\]/.exec(line);
-      const fraction = ninja !== null ? Number(ninja[1]) / Number(ninja[2]) : make !== null ? Number(make[1]) / 100 : null;
+      const fraction =
+        ninja !== null ? Number(ninja[1]) / Number(ninja[2]) : make !== null ? Number(make[1]) / 100 : null;
       if (fraction === null) {
         continue;
       }
       const seconds = Math.round((performance.now() - started) / 1000);
       if (isTerminal) {
         const filled = Math.round(fraction * 30);
-        process.stderr.write(`\r\x1b[Kbuilding libhypura [${"#".repeat(filled)}${"-".repeat(30 - filled)}] ${Math.floor(fraction * 100)} %  ${seconds} s`);
+        process.stderr.write(
+          `\r\x1b[Kbuilding libhypura [${"#".repeat(filled)}${"-".repeat(30 - filled)}] ${Math.floor(fraction * 100)} %  ${seconds} s`,
+        );
       } else if (Math.floor(fraction * 10) > tenth) {
         tenth = Math.floor(fraction * 10);
         process.stderr.write(`building libhypura: ${tenth * 10} % after ${seconds} s\n`);
@@ -170,7 +191,14 @@ async function compileExecutable(): Promise<void> {
   mkdirSync(join(root, "dist"), { recursive: true });
   // Bytecode halves the start (44 to 14 ms) and needs ESM; a bunfig.toml or .env where a user happens to stand
   // must not run code in hypura.
-  const flags = ["--compile", "--minify", "--bytecode", "--format=esm", "--no-compile-autoload-bunfig", "--no-compile-autoload-dotenv"];
+  const flags = [
+    "--compile",
+    "--minify",
+    "--bytecode",
+    "--format=esm",
+    "--no-compile-autoload-bunfig",
+    "--no-compile-autoload-dotenv",
+  ];
   await runQuietly([process.execPath, "build", ...flags, writeEntry(), "--outfile", executable], root);
   // A failed bytecode compilation still exits 0 and leaves a file that cannot start: start it, from elsewhere.
   await runQuietly([executable, "version"], tmpdir());
@@ -181,7 +209,9 @@ if (import.meta.main) {
   try {
     const nativeOnly = process.argv.includes("--native-only");
     await build({ nativeOnly, reference: process.argv.includes("--reference") });
-    say(`${nativeOnly ? library : executable} is ready after ${Math.round((performance.now() - started) / 1000)} s`);
+    say(
+      `${nativeOnly ? library : executable} is ready after ${Math.round((performance.now() - started) / 1000)} s`,
+    );
   } catch (error) {
     say((error as Error).message);
     process.exit(1);

@@ -2,7 +2,16 @@
 // hypura.h a typed face. It knows nothing of plans or events. Every call returns at once.
 
 import { CString, dlopen, type Pointer } from "bun:ffi";
-import { chmodSync, existsSync, lstatSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  existsSync,
+  lstatSync,
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { homedir, tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { HypuraError } from "../src/errors";
@@ -76,8 +85,14 @@ function load(): NativeLibrary {
       tried.push(`${candidate}: ${(error as Error).message}`);
     }
   }
-  const hint = embedded === undefined ? "build it with `bun run native`" : "set HYPURA_CACHE to a folder that allows execution";
-  throw new HypuraError("internal", `${libraryName} could not be loaded; ${hint}. Tried:\n  ${tried.join("\n  ")}`);
+  const hint =
+    embedded === undefined
+      ? "build it with `bun run native`"
+      : "set HYPURA_CACHE to a folder that allows execution";
+  throw new HypuraError(
+    "internal",
+    `${libraryName} could not be loaded; ${hint}. Tried:\n  ${tried.join("\n  ")}`,
+  );
 }
 
 /** Places to load from, best first. What fails on the way is noted in `tried`. */

@@ -36,7 +36,7 @@ export interface ModelOptions {
   readonly contextTokens?: number;
   /** Compute threads; by default one for each core, at most one for each processor. */
   readonly threads?: number;
-  /** Use at most so many bytes of memory; by default what is free. */
+  /** Use at most so many bytes of memory; by default what is free. What does not fit is streamed from the file. */
   readonly memoryBytes?: number;
   /** Replies that are generated at once (1 by default); others wait. Each has its own context, which takes memory. */
   readonly parallel?: number;
@@ -115,10 +115,7 @@ export function planOf(file: ModelFile, limits: PlanLimits, machine: Machine = r
     );
   }
   const name = basename(file.path).replace(/(-00001-of-\d{5})?\.gguf$/i, "");
-  // The core uses no more context than the model was trained for (n_ctx_slot); more would be memory for nothing.
-  const trained = file.model.trainedContextTokens || Number.POSITIVE_INFINITY;
-  const contextTokens = limits.contextTokens === null ? null : Math.min(limits.contextTokens, trained);
-  return makePlan({ name, files: file.files, model: file.model }, machine, { ...limits, contextTokens });
+  return makePlan({ name, files: file.files, model: file.model }, machine, limits);
 }
 
 /** The model that an open engine holds. */

@@ -6,6 +6,7 @@ import { closeSync } from "node:fs";
 import { type EngineId, nativeLibrary } from "../ffi/native";
 import { type ErrorCode, HypuraError } from "./errors";
 import type { Plan } from "./plan";
+import type { StreamingCounters } from "./streaming";
 
 /** What is known of a model once it is loaded. */
 export interface EngineInfo {
@@ -69,6 +70,8 @@ export interface Engine extends AsyncDisposable {
    * the signal cancels the request. Throws RequestError, and HypuraError `cancelled` when the signal ended it.
    */
   request(route: string, body: object, signal?: AbortSignal): AsyncIterableIterator<EngineChunk>;
+  /** What streaming did since the engine opened; null in a full-resident plan. */
+  streaming(): Promise<StreamingCounters | null>;
   /** Requests that native code still works on; a cancelled one leaves within the running pass. */
   activeRequests(): number;
   /** Cancels what runs, unloads the model, and waits until its memory is given back. */
@@ -102,6 +105,12 @@ export function openEngine(plan: Plan, options: OpenOptions = {}): Promise<Engin
       plan,
       info,
       request: (route, body, signal) => life.request(route, body, signal),
+      async streaming() {
+        for await (const chunk of life.request("GET /streaming", {}, undefined)) {
+          return chunk.data as StreamingCounters | null;
+        }
+        return null;
+      },
       activeRequests: () => Math.max(0, native.activeRequests(engine)),
       close: () => life.close(),
       [Symbol.asyncDispose]: () => life.close(),

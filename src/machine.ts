@@ -28,7 +28,8 @@ export function readMachine(): Machine {
 
 function readLinux(): Machine {
   const info = textOf("/proc/meminfo") ?? "";
-  const field = (name: string): number => Number(new RegExp(`^${name}:\\s+(\\d+) kB`, "m").exec(info)?.[1] ?? 0) * 1024;
+  const field = (name: string): number =>
+    Number(new RegExp(`^${name}:\\s+(\\d+) kB`, "m").exec(info)?.[1] ?? 0) * 1024;
   const total = field("MemTotal") || totalmem();
   const available = field("MemAvailable");
   const group = readGroupLimit();
@@ -113,7 +114,8 @@ function readDarwin(): Machine {
   const performanceCores = Number(outputOf(["sysctl", "-n", "hw.perflevel0.physicalcpu"]));
   const pages = outputOf(["vm_stat"]);
   const pageBytes = Number(/page size of (\d+) bytes/.exec(pages)?.[1] ?? 16_384);
-  const count = (name: string): number => Number(new RegExp(`^Pages ${name}:\\s+(\\d+)`, "m").exec(pages)?.[1] ?? 0);
+  const count = (name: string): number =>
+    Number(new RegExp(`^Pages ${name}:\\s+(\\d+)`, "m").exec(pages)?.[1] ?? 0);
   const reclaimable = count("free") + count("inactive") + count("speculative") + count("purgeable");
   return {
     computeCores: Math.max(1, performanceCores || availableParallelism()),

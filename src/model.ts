@@ -579,7 +579,7 @@ function roundUpCells(cells: number): number {
 }
 
 export interface KvUse extends KvTypes {
-  /** Context of all sequences together, as one unified cache. */
+  /** Context of all sequences together; each has its share as a cache of its own (kv_unified is off). */
   readonly contextTokens: number;
   /** Largest physical batch (n_ubatch): a sliding layer keeps its window and one batch. */
   readonly batchTokens: number;
@@ -591,14 +591,15 @@ export function memoryBytes(
   model: Model,
   use: KvUse,
 ): { readonly kvBytes: number; readonly stateBytes: number } {
-  const cells = roundUpCells(use.contextTokens);
+  const cellsOfOne = roundUpCells(Math.ceil(use.contextTokens / use.sequenceCount));
+  const cells = cellsOfOne * use.sequenceCount;
   let kvBytes = 0;
   let stateBytes = 0;
   for (const layer of model.memoryLayers) {
     const own =
       layer.windowTokens === null
         ? cells
-        : Math.min(cells, roundUpCells(layer.windowTokens * use.sequenceCount + use.batchTokens));
+        : use.sequenceCount * Math.min(cellsOfOne, roundUpCells(layer.windowTokens + use.batchTokens));
     const extraCells = layer.compression === 1 ? cells : roundUpCells(cells / layer.compression);
     kvBytes +=
       own * (rowBytes(layer.keyElements, use.keyType) + rowBytes(layer.valueElements, use.valueType));

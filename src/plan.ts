@@ -4,7 +4,7 @@
 
 import { HypuraError } from "./errors";
 import type { Machine } from "./machine";
-import { memoryBytes, type Model, type StrideSet } from "./model";
+import { type Model, memoryBytes, type StrideSet } from "./model";
 import { bytesText, countText } from "./text";
 
 export type Tier = "gpu" | "ram" | "nvme";
@@ -80,6 +80,8 @@ export interface Streaming {
   readonly touchThreads: number;
   /** Bound of the work memory of one product over several slots. */
   readonly spanWorkBytes: number;
+  /** Of streamed strides: what a token would read without a pool. */
+  readonly touchedBytesPerToken: number;
 }
 
 /** Everything native code needs, as one value that survives JSON. ffi/native/engine.h, OpenPlan, reads it. */
@@ -122,7 +124,12 @@ export interface PlanLimits {
   readonly mode?: "auto" | "resident" | "stream";
 }
 
-export const noLimits: PlanLimits = { contextTokens: null, slotCount: null, threads: null, memoryBytes: null };
+export const noLimits: PlanLimits = {
+  contextTokens: null,
+  slotCount: null,
+  threads: null,
+  memoryBytes: null,
+};
 
 export interface ModelFiles {
   readonly name: string;
@@ -144,7 +151,8 @@ const processBytes = 100_000_000;
 export function makePlan(subject: ModelFiles, machine: Machine, limits: PlanLimits = noLimits): Plan {
   const budget = Math.min(machine.memory.availableBytes, limits.memoryBytes ?? Number.POSITIVE_INFINITY);
   const resident = limits.mode === "stream" ? null : makeResident(subject, machine, limits, budget);
-  const plan = resident ?? (limits.mode === "resident" ? null : makeStreaming(subject, machine, limits, budget));
+  const plan =
+    resident ?? (limits.mode === "resident" ? null : makeStreaming(subject, machine, limits, budget));
   if (plan === null) {
     throw refusal(subject.model, budget, machine, limits);
   }
@@ -157,10 +165,19 @@ export function totalBytes(memory: MemoryUse): number {
 
 // ---- everything resident --------------------------------------------------------------------------------------
 
-function makeResident(subject: ModelFiles, machine: Machine, limits: PlanLimits, budget: number): Plan | null {
+function makeResident(
+  subject: ModelFiles,
+  machine: Machine,
+  limits: PlanLimits,
+  budget: number,
+): Plan | null {
   const { model } = subject;
   for (const context of contextChoices(model, limits)) {
-    const memory = memoryOf(model, { context: context.tokens, slots: limits.slotCount ?? 1, ubatch: usualUbatchTokens });
+    const memory = memoryOf(model, {
+      context: context.tokens,
+      slots: limits.slotCount ?? 1,
+      ubatch: usualUbatchTokens,
+    });
     if (totalBytes(memory) > budget) {
       continue;
     }
@@ -177,13 +194,19 @@ function makeResident(subject: ModelFiles, machine: Machine, limits: PlanLimits,
       streaming: null,
       memory,
       choices: [
-        { name: "mode", value: "full-resident", reason: `${bytesText(totalBytes(memory))} fit in ${bytesText(budget)}` },
+        {
+          name: "mode",
+          value: "full-resident",
+          reason: `${bytesText(totalBytes(memory))} fit in ${bytesText(budget)}`,
+        },
         { name: "context", value: `${countText(context.tokens)} tokens`, reason: context.reason },
         threadChoice(machine, limits),
         {
           name: "repacking",
           value: repack ? "on" : "off",
-          reason: repack ? "resident, and there is room for the rearranged copy" : "no room for a second copy of the weights",
+          reason: repack
+            ? "resident, and there is room for the rearranged copy"
+            : "no room for a second copy of the weights",
         },
       ],
     };
@@ -191,7 +214,12 @@ function makeResident(subject: ModelFiles, machine: Machine, limits: PlanLimits,
   return null;
 }
 
-function commonPart(subject: ModelFiles, machine: Machine, limits: PlanLimits, streamed: ReadonlySet<number>) {
+function commonPart(
+  subject: ModelFiles,
+  machine: Machine,
+  limits: PlanLimits,
+  streamed: ReadonlySet<number>,
+) {
   const threads = limits.threads ?? machine.computeCores;
   return {
     version: 1,
@@ -247,7 +275,12 @@ interface StreamShape {
   readonly memory: MemoryUse;
 }
 
-function makeStreaming(subject: ModelFiles, machine: Machine, limits: PlanLimits, budget: number): Plan | null {
+function makeStreaming(
+  subject: ModelFiles,
+  machine: Machine,
+  limits: PlanLimits,
+  budget: number,
+): Plan | null {
   const { model } = subject;
   if (model.strides.length === 0) {
     return null;
@@ -279,11 +312,19 @@ function makeStreaming(subject: ModelFiles, machine: Machine, limits: PlanLimits
         classIndex: groups.findIndex((group) => group.key === classKey(model, set)),
       })),
       classes,
-      reader: { threads: readerThreads, pieceBytes, direct: true, dropBuffered: true, retryCount, retryWaitNs },
+      reader: {
+        threads: readerThreads,
+        pieceBytes,
+        direct: true,
+        dropBuffered: true,
+        retryCount,
+        retryWaitNs,
+      },
       lookaheadStrides: isMoe ? 0 : ringSlots,
       hugePages: true,
       touchThreads: machine.computeCores,
       spanWorkBytes,
+      touchedBytesPerToken: model.strides.reduce((sum, set) => sum + set.touchedCount * set.strideBytes, 0),
     },
     memory,
     choices: [
@@ -298,7 +339,11 @@ function makeStreaming(subject: ModelFiles, machine: Machine, limits: PlanLimits
         reason: `what the budget leaves, for ${bytesText(streamedBytes)} of streamed weights`,
       },
       { name: "context", value: `${countText(shape.context.tokens)} tokens`, reason: shape.context.reason },
-      { name: "ubatch", value: `${countText(shape.ubatch)} tokens`, reason: "each reads the streamed weights once" },
+      {
+        name: "ubatch",
+        value: `${countText(shape.ubatch)} tokens`,
+        reason: "each reads the streamed weights once",
+      },
       threadChoice(machine, limits),
       { name: "repacking", value: "off", reason: "streamed weights are computed as they lie in the file" },
     ],
@@ -360,7 +405,10 @@ function chooseShape(
   limits: PlanLimits,
   budget: number,
 ): StreamShape | null {
-  const leastPool = groups.reduce((sum, one) => sum + leastSlots(model, one) * slotBytesOf(one.strideBytes), 0);
+  const leastPool = groups.reduce(
+    (sum, one) => sum + leastSlots(model, one) * slotBytesOf(one.strideBytes),
+    0,
+  );
   for (const context of contextChoices(model, limits)) {
     for (let ubatch = usualUbatchTokens; ubatch >= 32; ubatch /= 2) {
       const memory = streamingMemory(model, context.tokens, limits.slotCount ?? 1, ubatch);
@@ -403,7 +451,13 @@ function sizeClasses(model: Model, groups: readonly ClassGroup[], poolBudget: nu
     const slotBytes = slotBytesOf(one.strideBytes);
     const share = ((poolBudget - leastBytes) * (one.strideCount * one.strideBytes)) / allBytes;
     const slotCount = Math.min(one.strideCount, (least[i] ?? 0) + Math.floor(share / slotBytes));
-    return { strideBytes: one.strideBytes, slotBytes, slotCount, opSlots: 1, policy: policyFor(model, one, slotCount) };
+    return {
+      strideBytes: one.strideBytes,
+      slotBytes,
+      slotCount,
+      opSlots: 1,
+      policy: policyFor(model, one, slotCount),
+    };
   });
 }
 
@@ -414,7 +468,11 @@ function policyFor(model: Model, group: ClassGroup, slotCount: number): CachePol
     halfLifeTokens,
     staleAfterPasses: 1,
     // A whole class that fits stays; else all but the ring is a fixed subset (a cyclic order defeats any other).
-    pinnedSlots: isMoe ? 0 : slotCount >= group.strideCount ? slotCount - 1 : Math.max(0, slotCount - ringSlots),
+    pinnedSlots: isMoe
+      ? 0
+      : slotCount >= group.strideCount
+        ? slotCount - 1
+        : Math.max(0, slotCount - ringSlots),
     workingSetStrides: group.touchedCount,
     guardRingSlots: Math.max(1, Math.min(slotCount, 2 * group.opTouchedCount)),
   };
@@ -447,7 +505,7 @@ function memoryOf(model: Model, use: Use): MemoryUse {
 }
 
 /**
- * Bytes of the graph's scratch for one micro-batch of u tokens over n cells of KV:
+ * Bytes of the graph's scratch for one micro-batch of u tokens over the n cells of KV of one slot:
  * u * (4 * (7 * embd + ffn) + 2 * n) + 4 * vocab * outputs. Per token a block keeps about seven rows of the
  * embedding's width at once, the widest FFN product twice (gate and up; with experts, for each one used, and its
  * output), and one row of the attention mask in f16. Checked against llama.cpp's own allocation by a test.
@@ -456,7 +514,7 @@ function computeBytes(model: Model, use: Use): number {
   const dense = 2 * model.feedForwardLength;
   const experts = model.expertUsedCount * (3 * model.expertFeedForwardLength + model.embeddingLength);
   const floats = 7 * model.embeddingLength + Math.max(dense, experts);
-  return use.ubatch * (4 * floats + 2 * use.context * use.slots) + 4 * model.vocabularySize * use.slots;
+  return use.ubatch * (4 * floats + 2 * use.context) + 4 * model.vocabularySize * use.slots;
 }
 
 interface ContextChoice {
@@ -466,12 +524,17 @@ interface ContextChoice {
 
 /** What to try, best first. */
 function contextChoices(model: Model, limits: PlanLimits): readonly ContextChoice[] {
-  if (limits.contextTokens !== null) {
-    return [{ tokens: limits.contextTokens, reason: "asked for" }];
-  }
   const trained = model.trainedContextTokens || usualContextTokens;
+  if (limits.contextTokens !== null) {
+    // The core uses no more than the model was trained for (n_ctx_slot); more would be memory for nothing.
+    return limits.contextTokens > trained
+      ? [{ tokens: trained, reason: "all that the model was trained for" }]
+      : [{ tokens: limits.contextTokens, reason: "asked for" }];
+  }
   const usual = Math.min(trained, usualContextTokens);
-  const choices = [{ tokens: usual, reason: usual === trained ? "what the model was trained for" : "the default" }];
+  const choices = [
+    { tokens: usual, reason: usual === trained ? "what the model was trained for" : "the default" },
+  ];
   for (let tokens = Math.floor(usual / 2); tokens >= 512; tokens = Math.floor(tokens / 2)) {
     choices.push({ tokens, reason: "the most that fits" });
   }

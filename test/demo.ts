@@ -10,10 +10,24 @@ const started = performance.now();
 try {
   await build();
   const model = await fetchSmolLm2(join(root, "build", "models"));
-  const command = [join(root, "dist", "hypura"), "run", model, "--prompt", "Why is the sky blue?", "--max-tokens", "80", "--seed", "1"];
-  console.error(`\n$ ${command.map((word) => (/[ ?]/.test(word) ? JSON.stringify(word) : word)).join(" ")}\n`);
+  const command = [
+    join(root, "dist", "hypura"),
+    "run",
+    model,
+    "--prompt",
+    "Why is the sky blue?",
+    "--max-tokens",
+    "80",
+    "--seed",
+    "1",
+  ];
+  console.error(
+    `\n$ ${command.map((word) => (/[ ?]/.test(word) ? JSON.stringify(word) : word)).join(" ")}\n`,
+  );
   const status = await Bun.spawn(command, { stdin: "ignore", stdout: "inherit", stderr: "inherit" }).exited;
-  console.error(`\nthe demo took ${Math.round((performance.now() - started) / 1000)} s; try: dist/hypura help`);
+  console.error(
+    `\nthe demo took ${Math.round((performance.now() - started) / 1000)} s; try: dist/hypura help`,
+  );
   process.exit(status);
 } catch (error) {
   console.error((error as Error).message);

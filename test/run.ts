@@ -27,7 +27,9 @@ async function part(name: string, run: () => Promise<Tally>): Promise<void> {
   total.failed += tally.failed;
   total.skipped += tally.skipped;
   const seconds = ((performance.now() - started) / 1000).toFixed(1);
-  console.error(`--- ${name}: ${tally.passed} passed, ${tally.failed} failed, ${tally.skipped} skipped, ${seconds} s`);
+  console.error(
+    `--- ${name}: ${tally.passed} passed, ${tally.failed} failed, ${tally.skipped} skipped, ${seconds} s`,
+  );
 }
 
 async function spawn(command: readonly string[], environment: Record<string, string> = {}): Promise<number> {
@@ -52,7 +54,15 @@ async function bunTests(folders: readonly string[]): Promise<Tally> {
   const report = join(root, "build", "junit.xml");
   rmSync(report, { force: true });
   const status = await spawn(
-    [process.execPath, "test", "--timeout", "600000", "--reporter=junit", `--reporter-outfile=${report}`, ...folders],
+    [
+      process.execPath,
+      "test",
+      "--timeout",
+      "600000",
+      "--reporter=junit",
+      `--reporter-outfile=${report}`,
+      ...folders,
+    ],
     { HYPURA_SOAK: soak ? "1" : "" },
   );
   if (!existsSync(report)) {

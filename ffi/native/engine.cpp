@@ -571,6 +571,7 @@ std::string Engine::streaming_json() const {
         {"readerBusyNs", counters.reader.busy_ns},
         {"fallbackFiles", counters.fallback_files},
         {"resyncs", counters.resyncs},
+        {"readingNs", counters.reading_ns},
     };
     std::string json = "{";
     for (const auto & [name, value] : fields) {

@@ -348,6 +348,7 @@ void Stream::finish(uint32_t thread_index, const Piece& piece, const PieceResult
     ReadQueue::Outcome outcome = queue_.finish(piece, result.error);
     if (outcome != ReadQueue::Outcome::kPending) {
         end_read(piece.job_index, outcome);
+        note_activity();
     }
 }
 
@@ -575,12 +576,25 @@ void Stream::submit(uint32_t stride_index, Urgency urgency) {
     uint32_t slot = c.cache.slot(stride.local);
     std::byte* host = c.host == nullptr ? nullptr : c.host + slot * c.spec.slot_bytes;
     queue_.submit(c.first_job + slot, {stride.extents, {stride.class_index, slot}, host, stride.phase_bytes}, urgency);
+    note_activity();
 }
 
 void Stream::cancel_read(uint32_t job_index) {
     if (queue_.cancel(job_index) == ReadQueue::Cancelled::kRemoved) {
         end_read(job_index, ReadQueue::Outcome::kCancelled);
+        note_activity();
     }
+}
+
+// The disk's share of the time: from the first read under way to the last.
+void Stream::note_activity() {
+    bool active = queue_.active_count() > 0;
+    if (active == (reading_since_ns_ != 0)) {
+        return;
+    }
+    uint64_t now = platform::now_ns();
+    reading_ns_ += active ? 0 : now - reading_since_ns_;
+    reading_since_ns_ = active ? now : 0;
 }
 
 void Stream::sleep(uint32_t class_index) {
@@ -775,6 +789,7 @@ StreamCounters Stream::counters() {
     counters.threads = {thread_snapshot_.get(), thread_count_};
     counters.fallback_files = modes_.fallback_count();
     counters.resyncs = resync_count_;
+    counters.reading_ns = reading_ns_ + (reading_since_ns_ == 0 ? 0 : platform::now_ns() - reading_since_ns_);
     return counters;
 }
 

@@ -171,6 +171,7 @@ struct StreamCounters {
     ReaderCounters reader;
     uint32_t fallback_files = 0; // wanted direct, read buffered
     uint64_t resyncs = 0;        // acquires that the learned order did not expect
+    uint64_t reading_ns = 0;     // time with at least one read under way
 };
 
 class Stream final : private PieceWork {
@@ -254,6 +255,7 @@ private:
     void start_reads(Span<Lease> leases, BeginResult* result) HY_REQUIRES(mutex_);
     void submit(uint32_t stride_index, Urgency urgency) HY_REQUIRES(mutex_);
     void cancel_read(uint32_t job_index) HY_REQUIRES(mutex_);
+    void note_activity() HY_REQUIRES(mutex_);
     void unpin(Lease* lease) HY_REQUIRES(mutex_);
     void fill(Lease* lease) HY_REQUIRES(mutex_);
     void sleep(uint32_t class_index) HY_REQUIRES(mutex_);
@@ -292,6 +294,8 @@ private:
     uint32_t slot_waiters_ HY_GUARDED_BY(mutex_) = 0;  // consumers that need any slot
     uint32_t drain_waiters_ HY_GUARDED_BY(mutex_) = 0; // that need the queue to be empty
     uint64_t resync_count_ HY_GUARDED_BY(mutex_) = 0;
+    uint64_t reading_ns_ HY_GUARDED_BY(mutex_) = 0;
+    uint64_t reading_since_ns_ HY_GUARDED_BY(mutex_) = 0; // 0: nothing is being read
     bool stopping_ HY_GUARDED_BY(mutex_) = false;
     bool interrupted_ HY_GUARDED_BY(mutex_) = false;
 };

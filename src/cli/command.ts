@@ -180,7 +180,19 @@ export const limitArgs = {
     description: "Use at most this much memory, such as 8G",
     valueHint: "SIZE",
   },
+  mode: {
+    type: "string",
+    description: "auto, resident or stream (auto: stream what does not fit)",
+    valueHint: "MODE",
+  },
 } as const;
+
+function modeFlag(text: string | undefined): "auto" | "resident" | "stream" {
+  if (text === undefined || text === "auto" || text === "resident" || text === "stream") {
+    return text ?? "auto";
+  }
+  throw new HypuraError("usage", `--mode ${JSON.stringify(text)}: give auto, resident or stream`);
+}
 
 /** The limits that these flags give. */
 export function limitsOf(
@@ -192,6 +204,7 @@ export function limitsOf(
     slotCount: 1,
     threads: numberFlag("threads", flags.threads, { least: 1, most: 512, integer: true }) ?? null,
     memoryBytes: bytesFlag("memory", flags.memory) ?? null,
+    mode: modeFlag(flags.mode),
   };
 }
 

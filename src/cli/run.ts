@@ -11,9 +11,11 @@ import {
   type GenerateOptions,
   generate,
   type Message,
+  type Piece,
   type Prompt,
 } from "../generate";
 import { type Plan, totalBytes } from "../plan";
+import { countersSince, type StreamingCounters, streamingText } from "../streaming";
 import { bytesText, countText, durationText } from "../text";
 import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
 import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut } from "./command";
@@ -295,21 +297,52 @@ async function answerOnce(
   options: GenerateOptions,
   json: boolean,
 ): Promise<void> {
+  const watch = new StreamingWatch(engine);
   const answer = await interruptible((signal) => {
-    const pieces = generate(engine, prompt, { ...options, signal });
+    const pieces = watch.follow(generate(engine, prompt, { ...options, signal }));
     return json ? answerOf(pieces) : showAnswer(pieces);
   });
+  const streaming = await watch.counters();
+  const { plan } = engine;
   if (json) {
-    const { plan } = engine;
-    await print(
-      `${JSON.stringify({ model: plan.model.name, mode: plan.mode, ...answer, peakBytes: peakBytes() })}\n`,
-    );
+    const facts = { model: plan.model.name, mode: plan.mode, ...answer, peakBytes: peakBytes(), streaming };
+    await print(`${JSON.stringify(facts)}\n`);
   } else {
     await print("\n");
     consola.info(summary(engine, answer));
+    if (streaming !== null && plan.streaming !== null && answer.timings.generatedTokens > 1) {
+      const { generatedTokens, generatedSeconds } = answer.timings;
+      const decoded = { tokens: generatedTokens - 1, seconds: generatedSeconds }; // the first came with the prompt
+      consola.info(streamingText(streaming, decoded, plan.streaming.touchedBytesPerToken));
+    }
   }
   if (answer.finish === "cancelled") {
     process.exitCode = exitStatus("cancelled");
+  }
+}
+
+/** Counts what streaming does while tokens are generated, the prompt left out. */
+class StreamingWatch {
+  readonly #engine: Engine;
+  #before: StreamingCounters | null = null;
+
+  constructor(engine: Engine) {
+    this.#engine = engine;
+  }
+
+  async *follow(pieces: AsyncIterable<Piece>): AsyncGenerator<Piece> {
+    for await (const piece of pieces) {
+      if (this.#engine.plan.streaming !== null) {
+        this.#before ??= await this.#engine.streaming();
+      }
+      yield piece;
+    }
+  }
+
+  /** Since the first piece; null in a full-resident plan. */
+  async counters(): Promise<StreamingCounters | null> {
+    const after = this.#before === null ? null : await this.#engine.streaming();
+    return this.#before === null || after === null ? null : countersSince(this.#before, after);
   }
 }
 

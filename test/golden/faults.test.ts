@@ -54,7 +54,10 @@ describe.skipIf(!existsSync(program))("read faults", () => {
       stdout: "pipe",
       stderr: "pipe",
     });
-    const [out, err] = await Promise.all([new Response(child.stdout).text(), new Response(child.stderr).text()]);
+    const [out, err] = await Promise.all([
+      new Response(child.stdout).text(),
+      new Response(child.stderr).text(),
+    ]);
     expect(err).toBe("");
     const tally = JSON.parse(out) as Tally;
     console.error(`${kind}: ${out.trim()}`);
