@@ -107,9 +107,11 @@ test.each(["resident", "stream"] as const)(
 
       expect(started).toBe(requestCount);
       await untilHeldAtMost(before);
-      const growth = residentBytes() / bytesBefore - 1;
-      console.error(`${mode}: resident memory grew by ${(growth * 100).toFixed(1)} % in 800 requests`);
-      expect(growth).toBeLessThan(0.05);
+      // JavaScript's heap breathes; what native code lost would not come back.
+      await until(
+        () => residentBytes() < bytesBefore * 1.05,
+        () => `resident memory grew from ${bytesBefore} to ${residentBytes()} bytes in 800 requests`,
+      );
       expect(await answerOf(engine, 30)).toEqual(expected);
     } finally {
       await engine.close();
