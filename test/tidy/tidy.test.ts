@@ -4,7 +4,7 @@
 import { describe, expect, test } from "bun:test";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import { type RuleName, rules, type Tree, type Violation, violationsOf } from "./rules";
+import { type RuleName, rules, type Tree, type Violation, violationsIn, violationsOf } from "./rules";
 import { codeOf, importsOf } from "./source";
 
 const root = join(import.meta.dir, "..", "..");
@@ -25,11 +25,17 @@ function readTree(): Tree {
   return tree;
 }
 
-function show(violations: readonly Violation[]): readonly string[] {
-  return violations.map(({ rule, path, line, what }) => `${path}:${line}: ${rule}: ${what}`);
+function show(found: readonly Violation[]): readonly string[] {
+  return found.map(({ rule, path, line, what }) => `${path}:${line}: ${rule}: ${what}`);
+}
+
+/** With a title of one short line in front. */
+function titled<Row extends readonly string[]>(rows: readonly Row[]): readonly (readonly [string, ...Row])[] {
+  return rows.map((row) => [row.map((text) => JSON.stringify(text).slice(1, 60)).join(" "), ...row] as const);
 }
 
 const tree = readTree();
+const violations = violationsOf(tree);
 
 test("the tree is read", () => {
   for (const path of [
@@ -45,7 +51,7 @@ test("the tree is read", () => {
 });
 
 test.each(Object.keys(rules) as RuleName[])("the tree obeys the rule %s", (name) => {
-  expect(show(violationsOf(tree).filter(({ rule }) => rule === name))).toEqual([]);
+  expect(show(violations.filter(({ rule }) => rule === name))).toEqual([]);
 });
 
 describe("canary: a planted violation is reported", () => {
@@ -106,10 +112,10 @@ describe("canary: a planted violation is reported", () => {
     ["paths", ".ci/run", `cd ${["", "Users", "me", "hypura"].join("/")}`],
   ];
 
-  test.each(planted)("%s in %s: %s", (rule, path, text) => {
+  test.each(titled(planted))("%s", (_, rule, path, text) => {
     const needsHeader = rule !== "header" && /^(src|ffi|test)\//.test(path);
     const changed = new Map([...tree, [path, `${needsHeader ? header : ""}${text}\n`]]);
-    const found = violationsOf(changed).filter((one) => one.path === path);
+    const found = violationsIn(changed, path);
     expect(found.map((one) => one.rule)).toContain(rule);
     expect(new Set(found.map((one) => one.rule))).toEqual(new Set([rule]));
   });
@@ -140,9 +146,9 @@ describe("what only looks like a violation is none", () => {
     ["README.md", "`~/.hypura`, /tmp/x, models/work/x, and `/homework/`"],
   ];
 
-  test.each(innocent)("in %s: %s", (path, text) => {
+  test.each(titled(innocent))("%s", (_, path, text) => {
     const changed = new Map([...tree, [path, `// A file.\n${text}\n`]]);
-    expect(show(violationsOf(changed).filter((one) => one.path === path))).toEqual([]);
+    expect(show(violationsIn(changed, path))).toEqual([]);
   });
 
   test("comments and strings are told from code", () => {
