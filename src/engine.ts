@@ -96,7 +96,7 @@ type RequestEvent =
   | { readonly event: "end" };
 
 /** Loads the model that the plan describes. Throws HypuraError when that fails. */
-export function openEngine(plan: Plan, options: OpenOptions = {}): Promise<Engine> {
+export async function openEngine(plan: Plan, options: OpenOptions = {}): Promise<Engine> {
   const native = nativeLibrary();
   const { engine, fd } = native.open(JSON.stringify(plan));
   const life = new EngineLife(engine, new EventLines(fd), options);
@@ -150,6 +150,28 @@ class EngineLife {
     reject: (error: HypuraError) => void,
   ): Promise<void> {
     let failure: HypuraError | undefined;
+    try {
+      failure = await this.#readEvents(lines, options, resolve);
+    } catch (cause) {
+      // A listener of the caller's threw. Nobody reads the engine any more, so it is told to end.
+      failure = new HypuraError("internal", `a listener of the engine failed: ${(cause as Error).message}`, {
+        cause,
+      });
+      nativeLibrary().close(this.#engine);
+      lines.cancel();
+    }
+    const death = this.#death ?? failure ?? new HypuraError("engine", "the engine is closed");
+    this.#die(death);
+    reject(death);
+  }
+
+  /** Until the engine has closed; gives the reason of a load that failed. */
+  async #readEvents(
+    lines: EventLines,
+    options: OpenOptions,
+    resolve: (info: EngineInfo) => void,
+  ): Promise<HypuraError | undefined> {
+    let failure: HypuraError | undefined;
     for (let event = await lines.next<OpenEvent>(); event !== null; event = await lines.next<OpenEvent>()) {
       switch (event.event) {
         case "progress":
@@ -178,9 +200,7 @@ class EngineLife {
           break;
       }
     }
-    const death = this.#death ?? failure ?? new HypuraError("engine", "the engine is closed");
-    this.#die(death);
-    reject(death);
+    return failure;
   }
 
   #die(error: HypuraError): void {
@@ -194,6 +214,9 @@ class EngineLife {
     if (this.#death !== undefined) {
       throw this.#death;
     }
+    if (signal?.aborted) {
+      return refused(new HypuraError("cancelled", "the request was cancelled"));
+    }
     const fd = nativeLibrary().request(this.#engine, route, JSON.stringify(body));
     const chunks = new RequestChunks(new EventLines(fd), signal, () => this.#requests.delete(chunks));
     this.#requests.add(chunks);
@@ -204,6 +227,11 @@ class EngineLife {
     nativeLibrary().close(this.#engine);
     return this.#ended;
   }
+}
+
+// biome-ignore lint/correctness/useYield: it throws before its first chunk
+async function* refused(error: HypuraError): AsyncGenerator<EngineChunk> {
+  throw error;
 }
 
 /** The chunks of one answer. An iterator and not a generator, so that it can be cancelled while it waits. */
@@ -219,11 +247,7 @@ class RequestChunks implements AsyncIterableIterator<EngineChunk> {
     this.#lines = lines;
     this.#signal = signal;
     this.#onDone = onDone;
-    if (signal?.aborted) {
-      this.#onAbort();
-    } else {
-      signal?.addEventListener("abort", this.#onAbort, { once: true });
-    }
+    signal?.addEventListener("abort", this.#onAbort, { once: true });
   }
 
   [Symbol.asyncIterator](): this {
@@ -266,6 +290,7 @@ class RequestChunks implements AsyncIterableIterator<EngineChunk> {
   fail(error: HypuraError): void {
     this.#failure ??= error;
     this.#lines.cancel();
+    this.#onDone();
   }
 
   #finish(): void {

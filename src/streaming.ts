@@ -12,8 +12,6 @@ export interface StreamingCounters {
   readonly delegateCalls: number;
   readonly waves: number;
   readonly gatheredProducts: number;
-  /** Bytes that llama.cpp tried to load into streamed tensors; 0. */
-  readonly loaderBytes: number;
   /** Ready when an op asked. */
   readonly hits: number;
   /** Being read already when an op asked. */

@@ -1,18 +1,13 @@
 // The test command: sets everything up, builds, and runs every check there is. One line for each part as it ends;
 // the last line is "N passed, N failed", with what was skipped. `--soak` adds the long runs.
 
-import { existsSync, readFileSync, rmSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { build } from "../ffi/build";
+import { folderOf, nativeTests, sanitisedAbiProgram, type Tally, variants } from "./native/suite";
 
 const root = join(import.meta.dir, "..");
 const soak = process.argv.includes("--soak");
-
-interface Tally {
-  passed: number;
-  failed: number;
-  skipped: number;
-}
 
 const total: Tally = { passed: 0, failed: 0, skipped: 0 };
 
@@ -50,7 +45,10 @@ async function one(command: readonly string[]): Promise<Tally> {
 }
 
 /** `bun test` over folders, counted from its JUnit report. */
-async function bunTests(folders: readonly string[]): Promise<Tally> {
+async function bunTests(
+  folders: readonly string[],
+  environment: Record<string, string> = {},
+): Promise<Tally> {
   const report = join(root, "build", "junit.xml");
   rmSync(report, { force: true });
   const status = await spawn(
@@ -63,7 +61,7 @@ async function bunTests(folders: readonly string[]): Promise<Tally> {
       `--reporter-outfile=${report}`,
       ...folders,
     ],
-    { HYPURA_SOAK: soak ? "1" : "" },
+    { HYPURA_SOAK: soak ? "1" : "", ...environment },
   );
   if (!existsSync(report)) {
     throw new Error("bun test wrote no report");
@@ -76,6 +74,34 @@ async function bunTests(folders: readonly string[]): Promise<Tally> {
   return { passed, failed: status !== 0 && failed === 0 ? 1 : failed, skipped: count("skipped") };
 }
 
+/** The long runs that are no bun tests. */
+async function soakParts(): Promise<void> {
+  await part("10,000 runs of stream_stress", () =>
+    one([join(folderOf("release"), "stream_stress"), "10000"]),
+  );
+  await part("a minute of fuzzing", async () => {
+    const fuzzer = join(folderOf("asan"), "neuron_cache_fuzz");
+    if (!existsSync(fuzzer)) {
+      console.error("!!! SKIPPED: the fuzzer needs clang (Debian: apt install clang)");
+      return { passed: 0, failed: 0, skipped: 1 };
+    }
+    return one([fuzzer, "-max_total_time=60", "-max_len=4096"]);
+  });
+  await part("the interface under ASan and UBSan", async () => {
+    const program = await sanitisedAbiProgram();
+    return program === null
+      ? { passed: 0, failed: 0, skipped: 1 }
+      : bunTests(["test/native/abi.test.ts"], { HYPURA_ABI: program });
+  });
+  for (const name of readdirSync(join(root, "test", "bench")).sort()) {
+    const path = join("test", "bench", name);
+    // A module that others import is no benchmark: it has no bar to reach.
+    if (name.endsWith(".ts") && name !== "measure.ts") {
+      await part(path, () => one([process.execPath, path]));
+    }
+  }
+}
+
 await part("build", async () => {
   await build({ reference: true });
   return { passed: 1, failed: 0, skipped: 0 };
@@ -83,7 +109,13 @@ await part("build", async () => {
 if (total.failed === 0) {
   await part("types", () => one([process.execPath, "x", "tsc", "--noEmit"]));
   await part("lint and format", () => one([process.execPath, "x", "biome", "check", "."]));
+  for (const variant of variants) {
+    await part(`native tests, ${variant}`, () => nativeTests(variant));
+  }
   await part("bun test", () => bunTests(["test"]));
+  if (soak) {
+    await soakParts();
+  }
 }
 const skipped = total.skipped > 0 ? `, ${total.skipped} skipped` : "";
 console.log(`${total.passed} passed, ${total.failed} failed${skipped}`);

@@ -21,7 +21,10 @@ namespace {
 
 class CpuDelegate final : public DelegateFactory {
 public:
-    explicit CpuDelegate(ggml_threadpool * threads) : threads_(threads) {}
+    // The device is looked up once: ggml's registry has no lock, and asking it during a pass would race with the load of
+    // another model.
+    explicit CpuDelegate(ggml_threadpool * threads)
+        : threads_(threads), device_(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)) {}
     ggml_backend_t create() override {
         ggml_backend_t backend = ggml_backend_cpu_init();
         ggml_backend_cpu_set_threadpool(backend, threads_);
@@ -29,13 +32,14 @@ public:
     }
     ggml_backend_buffer_type_t pool_buffer_type() override { return ggml_backend_cpu_buffer_type(); }
     ggml_backend_buffer_type_t activation_buffer_type() override { return ggml_backend_cpu_buffer_type(); }
-    ggml_backend_dev_t device() override { return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); }
+    ggml_backend_dev_t device() override { return device_; }
     void set_threads(ggml_backend_t backend, int thread_count) override {
         ggml_backend_cpu_set_n_threads(backend, thread_count);
     }
 
 private:
     ggml_threadpool * const threads_;
+    const ggml_backend_dev_t device_;
 };
 
 } // namespace
@@ -134,6 +138,24 @@ size_t row_step(const ggml_tensor * t) {
     return t->ne[1] == 1 ? t->nb[2] : t->nb[1];
 }
 
+// ggml's CPU backend has a second kernel for these types, for experts with several rows; it takes a weight only whole and
+// contiguous (iqp.cpp), which several slots are not. Its last bits differ, so such experts go one by one.
+bool wants_contiguous_experts(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_IQ1_S:
+        case GGML_TYPE_IQ1_M:
+        case GGML_TYPE_IQ2_XXS:
+        case GGML_TYPE_IQ2_XS:
+        case GGML_TYPE_IQ2_S:
+        case GGML_TYPE_IQ3_XXS:
+        case GGML_TYPE_IQ3_S:
+        case GGML_TYPE_IQ4_XS:
+            return true;
+        default:
+            return false;
+    }
+}
+
 // True when t's rows (dimensions 1 and 2) lie at one distance, so that they can be numbered through.
 bool rows_are_even(const ggml_tensor * t) {
     return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1 &&
@@ -178,7 +200,6 @@ struct StreamDevice::Impl {
     std::atomic<uint64_t> delegate_calls{0};
     std::atomic<uint64_t> wave_count{0};
     std::atomic<uint64_t> gathered_count{0};
-    std::atomic<uint64_t> loader_bytes{0};
     std::atomic<bool> probing{true};
     uint32_t last_order = UINT32_MAX; // of the last streamed op; a smaller one starts a pass. One context decodes at a time
 
@@ -189,6 +210,11 @@ struct StreamDevice::Impl {
     void set_error(std::string sentence) {
         std::lock_guard<std::mutex> lock(error_mutex);
         error = std::move(sentence);
+    }
+    // A product that this device computes; an empty one (a pass without outputs) reads nothing.
+    bool computes(const ggml_tensor * node) const {
+        return is_product(node) && owns(node->src[0]) && !ggml_is_empty(node) &&
+               (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
     }
     bool owns(const ggml_tensor * t) const {
         return t != nullptr && t->buffer != nullptr && t->buffer->buft == &buft && t->view_src == nullptr;
@@ -331,7 +357,10 @@ public:
     explicit Computer(StreamDevice::Impl & device);
     bool ok() const { return ok_; }
     ggml_status compute(ggml_cgraph * cgraph);
-    ggml_backend_t delegate() const { return delegate_.get(); }
+    void set_threads(int thread_count) {
+        thread_count_ = thread_count;
+        device_.delegate.set_threads(delegate_.get(), thread_count);
+    }
 
 private:
     // Nodes of one delegate graph before it is handed over.
@@ -377,6 +406,7 @@ private:
 
     StreamDevice::Impl & device_;
     ggml_backend_ptr delegate_;
+    int thread_count_ = 1;
     bool ok_ = false;
     ggml_context_ptr meta_;
     ggml_cgraph * graph_ = nullptr;
@@ -461,7 +491,17 @@ ggml_status Computer::compute(ggml_cgraph * cgraph) {
     if (device_.probing) {
         return GGML_STATUS_SUCCESS; // nobody looks at the result
     }
-    const bool done = run(cgraph);
+    device_.set_error("");
+    bool done = false;
+    try {
+        done = run(cgraph);
+    } catch (const std::exception & e) {
+        // ggml's CPU backend is unusable once its work memory could not be had, and cannot be freed either.
+        fail(std::string("a streamed product could not be computed: ") + e.what());
+        (void) delegate_.release();
+        delegate_.reset(device_.delegate.create());
+        set_threads(thread_count_);
+    }
     if (!done) {
         ggml_graph_clear(graph_); // what was not computed yet is not wanted any more
         shadows_used_ = 0;
@@ -483,7 +523,7 @@ bool Computer::run(ggml_cgraph * cgraph) {
     op_count_ = 0;
     for (int i = 0; i < count;) {
         ggml_tensor * node = ggml_graph_node(cgraph, i);
-        if (!is_product(node) || !device_.owns(node->src[0])) {
+        if (!device_.computes(node)) {
             if (!append(node)) {
                 return false;
             }
@@ -517,7 +557,7 @@ bool Computer::collect(ggml_cgraph * cgraph, int from) {
     ids_of_ = nullptr;
     for (int i = from; i < ggml_graph_n_nodes(cgraph); ++i) {
         ggml_tensor * node = ggml_graph_node(cgraph, i);
-        if (!is_product(node) || !device_.owns(node->src[0])) {
+        if (!device_.computes(node)) {
             continue;
         }
         const uint32_t strides = device_.weight_of(node->src[0]).spec->stride_count;
@@ -546,7 +586,7 @@ bool Computer::add_op(ggml_tensor * node, uint32_t index) {
     }
     device_.last_order = op.weight->order;
     device_.op_count++;
-    if (op.token_count() > device_.spec.ubatch_tokens) {
+    if (op.routed && op.token_count() > device_.spec.ubatch_tokens) {
         return fail("a pass of " + std::to_string(op.token_count()) + " tokens is larger than the plan's ubatch");
     }
     if (op.routed) {
@@ -591,6 +631,7 @@ bool Computer::list_experts(Op & op) {
         for (uint32_t u = 0; u < op.used_count(); ++u) {
             const int32_t id = expert_at(op, u, t);
             if (id < 0 || static_cast<uint32_t>(id) >= experts) {
+                std::fill(place_.begin(), place_.end(), UINT32_MAX);
                 return fail("the router chose expert " + std::to_string(id) + " of " + std::to_string(experts) + " in " +
                             op.weight->spec->name);
             }
@@ -900,6 +941,9 @@ bool Computer::one_span(const Op & op, uint32_t from, uint32_t to, uint64_t pair
         if (lease.phase_bytes != one.phase_bytes) {
             return false;
         }
+        if (to - from > 1 && lease.token_count > 1 && wants_contiguous_experts(op.node->src[0]->type)) {
+            return false;
+        }
     }
     const uint64_t slot_bytes = device_.spec.stream.classes[one.class_index].slot_bytes;
     return slot_bytes % ggml_type_size(op.node->src[0]->type) == 0 &&
@@ -1128,15 +1172,21 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tenso
     return GGML_STATUS_SUCCESS;
 }
 
-void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor *, const void *, size_t, size_t size) {
-    static_cast<Reservation *>(buffer->context)->device.loader_bytes += size;
+// The loader writes no byte (ggml_nbytes is zero while it loads), and an op that is not ours has no business with the
+// weight: the scheduler would copy it for another backend. Either is a fault and never a wrong number.
+void buffer_set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void *, size_t, size_t size) {
+    if (size > 0) {
+        GGML_ABORT("%s is streamed, and %zu bytes were loaded into it", tensor->name, size);
+    }
 }
 
-void buffer_get_tensor(ggml_backend_buffer_t, const ggml_tensor *, void * data, size_t, size_t size) {
-    memset(data, 0, size); // nothing of llama.cpp's inference reads a weight back
+void buffer_get_tensor(ggml_backend_buffer_t, const ggml_tensor * tensor, void *, size_t, size_t) {
+    GGML_ABORT("%s is streamed, and was read past the streamer", tensor->name);
 }
 
-void buffer_memset_tensor(ggml_backend_buffer_t, ggml_tensor *, uint8_t, size_t, size_t) {}
+void buffer_memset_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t, size_t, size_t) {
+    GGML_ABORT("%s is streamed, and was written to", tensor->name);
+}
 
 void buffer_clear(ggml_backend_buffer_t, uint8_t) {}
 
@@ -1191,7 +1241,7 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * cgraph) {
 }
 
 void backend_set_threads(ggml_backend_t backend, int thread_count) {
-    impl_of(backend->device).delegate.set_threads(computer_of(backend).delegate(), thread_count);
+    computer_of(backend).set_threads(thread_count);
 }
 
 // ---- device
@@ -1321,8 +1371,11 @@ std::unique_ptr<StreamDevice> StreamDevice::open(StreamingSpec spec, DelegateFac
 }
 
 StreamDevice::~StreamDevice() {
-    ggml_backend_unload(&impl_->reg);
     impl_->stream.close();
+}
+
+void StreamDevice::hide() {
+    ggml_backend_unload(&impl_->reg);
 }
 
 const std::vector<std::string> & StreamDevice::name_patterns() const {
@@ -1346,8 +1399,7 @@ uint64_t StreamDevice::pool_bytes() const {
 }
 
 BackendCounters StreamDevice::counters() const {
-    return {impl_->pass_count,           impl_->op_count,    impl_->delegate_calls, impl_->wave_count,
-            impl_->gathered_count, impl_->loader_bytes};
+    return {impl_->pass_count, impl_->op_count, impl_->delegate_calls, impl_->wave_count, impl_->gathered_count};
 }
 
 void StreamDevice::interrupt(bool on) {

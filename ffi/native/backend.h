@@ -66,7 +66,6 @@ struct BackendCounters {
     uint64_t delegate_calls = 0;    // graphs handed to the delegate
     uint64_t wave_count = 0;        // begins beyond the first of an op
     uint64_t gathered_count = 0; // products on some experts of an op, the others not being there yet
-    uint64_t loader_bytes = 0;      // bytes that llama.cpp tried to load into a streamed tensor; always 0
 };
 
 class StreamDevice {
@@ -76,10 +75,15 @@ public:
     // engines. `delegate` and what it uses outlive the device.
     static std::unique_ptr<StreamDevice> open(StreamingSpec spec, DelegateFactory & delegate, std::string * error);
 
-    // Unregisters. No model or context that saw the device may be alive.
+    // No model or context that saw the device may be alive.
     ~StreamDevice();
     StreamDevice(const StreamDevice &) = delete;
     StreamDevice & operator=(const StreamDevice &) = delete;
+
+    // Takes the device off ggml's registry, where open() put it: llama.cpp gives every context that is made every ACCEL
+    // device that is registered, so it is there only while its own model loads. Contexts that have it keep it.
+    // Idempotent; the caller serialises it with open().
+    void hide();
 
     // For llama_model_params::tensor_buft_overrides: regular expressions that match the streamed names and no other.
     const std::vector<std::string> & name_patterns() const;

@@ -30,6 +30,12 @@ namespace hypura {
 
 namespace {
 
+// ggml's registry of devices has no lock, and llama.cpp walks it while it loads: one engine at a time.
+std::mutex & registry_mutex() {
+    static auto * m = new std::mutex;
+    return *m;
+}
+
 uint32_t u32(const common_json & o, const char * key) {
     const int64_t v = o.at(key).get<int64_t>();
     if (v < 0 || v > INT32_MAX) {
@@ -89,6 +95,8 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     PlanStreaming s;
     const common_json & tensors = json.at("tensors");
     const common_json & classes = json.at("classes");
+    constexpr uint64_t most_pool_bytes = 1ull << 46;
+    uint64_t pool_bytes = 0;
     for (size_t i = 0; i < classes.size(); ++i) {
         const common_json & c = classes.at(i);
         const common_json & policy = c.at("policy");
@@ -103,6 +111,15 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
         spec.policy.pinned_slots = u32(policy, "pinnedSlots");
         spec.policy.working_set_strides = u32(policy, "workingSetStrides");
         spec.policy.guard_ring_slots = u32(policy, "guardRingSlots");
+        // What is multiplied later must not wrap: no pool is larger than 2^46 bytes.
+        if (spec.stride_bytes == 0 || spec.slot_bytes == 0 || spec.slot_count == 0 ||
+            spec.slot_count > most_pool_bytes / spec.slot_bytes) {
+            throw std::runtime_error("a class of slots is out of range");
+        }
+        pool_bytes += spec.slot_bytes * spec.slot_count;
+        if (pool_bytes > most_pool_bytes) {
+            throw std::runtime_error("the pool is out of range");
+        }
         s.classes.push_back(spec);
     }
     for (size_t i = 0; i < tensors.size(); ++i) {
@@ -164,13 +181,17 @@ OpenPlan parse_plan(std::string_view text) {
     // while it loads, so a batch holds at least two.
     if (plan.files.empty() || plan.slot_count == 0 || plan.batch_tokens < 2 || plan.batch_tokens < plan.slot_count ||
         plan.ubatch_tokens == 0 || plan.ubatch_tokens > plan.batch_tokens || plan.decode_threads == 0 ||
-        plan.prefill_threads == 0 || plan.context_tokens == 0) {
+        plan.prefill_threads == 0 || plan.context_tokens == 0 || plan.poll_percent > 100 ||
+        plan.decode_threads > GGML_MAX_N_THREADS || plan.prefill_threads > GGML_MAX_N_THREADS ||
+        plan.slot_count > llama_max_parallel_sequences() ||
+        static_cast<uint64_t>(plan.context_tokens) * plan.slot_count > INT32_MAX) {
         throw std::runtime_error("a count of the plan is out of range");
     }
     return plan;
 }
 
 std::string build_info_json() {
+    std::lock_guard<std::mutex> lock(registry_mutex()); // the system's info walks the registry
     return "{\"llama\":" + json_string(llama_version()) + ",\"build\":" + json_string(llama_build_info()) +
            ",\"system\":" + json_string(llama_print_system_info()) + "}";
 }
@@ -193,7 +214,7 @@ Listeners & listeners() {
 
 void tell_all(const std::string & line) {
     for (EventWriter * w : listeners().writers) {
-        w->line(line);
+        w->offer(line); // under the lock, so it must not wait for a reader
     }
 }
 
@@ -229,12 +250,14 @@ void on_llama_abort(const char * text) {
     const std::string_view tree = "vendor/llama.cpp/"; // the rest of the path is the machine that built it
     const size_t at = message.find(tree);
     message.remove_prefix(at == std::string_view::npos ? 0 : at + tree.size());
-    {
-        std::lock_guard<std::mutex> lock(listeners().mutex);
-        tell_all("{\"event\":\"fatal\",\"message\":" + json_string(message) + "}");
-    }
+    const std::string line = "{\"event\":\"fatal\",\"message\":" + json_string(message) + "}";
     for (;;) {
-        pause();
+        // Again and again: an offer is dropped while a reader is behind, and the first that arrives ends the process.
+        {
+            std::lock_guard<std::mutex> lock(listeners().mutex);
+            tell_all(line);
+        }
+        std::this_thread::sleep_for(std::chrono::seconds(1));
     }
 }
 
@@ -258,12 +281,6 @@ std::string take_last_error() {
 // ------------------------------------------------------------------------------------------------ the core
 
 namespace {
-
-// ggml's registry of devices has no lock, and llama.cpp walks it while it loads: one engine at a time.
-std::mutex & registry_mutex() {
-    static auto * m = new std::mutex;
-    return *m;
-}
 
 struct ThreadPoolFree {
     void operator()(ggml_threadpool * pool) const { ggml_threadpool_free(pool); }
@@ -554,7 +571,6 @@ std::string Engine::streaming_json() const {
         {"delegateCalls", backend.delegate_calls},
         {"waves", backend.wave_count},
         {"gatheredProducts", backend.gathered_count},
-        {"loaderBytes", backend.loader_bytes},
         {"hits", total.hits},
         {"lateHits", total.late_hits},
         {"misses", total.misses},
@@ -649,32 +665,32 @@ void Engine::request(std::string route, std::string body, int fd) {
         }
         changed_.notify_all();
     }
+    (void) owned.release(); // its thread's from here on
     try {
-        std::thread([this, owned = std::move(owned)]() mutable {
+        std::thread([this, r] {
             try {
-                serve(*owned);
+                serve(*r);
             } catch (const std::invalid_argument & e) {
-                owned->error(400, "invalid_request_error", e.what());
+                r->error(400, "invalid_request_error", e.what());
             } catch (const common_json_error & e) {
-                owned->error(400, "invalid_request_error", e.what());
+                r->error(400, "invalid_request_error", e.what());
             } catch (const std::exception & e) {
-                owned->error(500, "server_error", e.what());
+                r->error(500, "server_error", e.what());
             }
-            Request * finished = owned.get();
-            {
-                // Taken off the list first, then destroyed, both before the engine may go: close() still reaches
-                // the writer of whatever is on the list.
-                std::lock_guard<std::mutex> lock(mutex_);
-                requests_.erase(finished);
-                owned.reset();
-                changed_.notify_all();
-            }
+            forget(r);
         }).detach();
     } catch (...) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        requests_.erase(r);
+        forget(r);
         throw;
     }
+}
+
+// Off the list and destroyed in one step: close() and the watcher reach the writer of whatever is on the list.
+void Engine::forget(Request * request) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    requests_.erase(request);
+    delete request;
+    changed_.notify_all();
 }
 
 int32_t Engine::active_requests() {
@@ -696,10 +712,16 @@ std::unique_ptr<Engine> Engine::start(OpenPlan plan, int fd, std::function<void(
         std::lock_guard<std::mutex> lock(listeners().mutex);
         listeners().writers.insert(&engine->events_);
     }
-    std::thread([e = engine.get(), on_closed = std::move(on_closed)] {
-        e->run();
-        on_closed();
-    }).detach();
+    try {
+        std::thread([e = engine.get(), on_closed = std::move(on_closed)] {
+            e->run();
+            on_closed();
+        }).detach();
+    } catch (...) {
+        std::lock_guard<std::mutex> lock(listeners().mutex);
+        listeners().writers.erase(&engine->events_);
+        throw;
+    }
     return engine;
 }
 
@@ -713,7 +735,7 @@ void Engine::run() {
             loop_until_closed();
         }
     } catch (const std::exception & e) {
-        fail("engine", e.what());
+        fail("internal", e.what());
     }
     {
         std::lock_guard<std::mutex> lock(registry_mutex());
@@ -768,13 +790,21 @@ bool Engine::load() {
     core_->params = params_of(plan_);
     std::string error;
     if (!plan_.streaming.tensors.empty() && !core_->open_device(plan_, seams_, &error)) {
-        fail("engine", error);
+        fail("io", error);
         return false;
     }
+    struct HideAtEnd {
+        Core & core;
+        ~HideAtEnd() {
+            if (core.device) {
+                core.device->hide();
+            }
+        }
+    } const hide{*core_};
     core_->routes = std::make_unique<server_routes>(core_->params, core_->context);
     core_->context.set_state_callback([this](server_state state, json payload) {
         if (state == SERVER_STATE_LOADING && payload.contains("value")) {
-            events_.line("{\"event\":\"progress\",\"value\":" + std::to_string(payload.at("value").get<double>()) + "}");
+            events_.offer("{\"event\":\"progress\",\"value\":" + std::to_string(payload.at("value").get<double>()) + "}");
         }
     });
     take_last_error();
@@ -795,11 +825,6 @@ bool Engine::load() {
 
 void Engine::loop_until_closed() {
     const std::string info = ready_info(core_->context);
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        ready_ = true;
-    }
-    events_.line("{\"event\":\"ready\",\"info\":" + info + "}");
     // Waits for close(), then for the requests (the core answers nobody after terminate), then stops the loop.
     // start_loop marks itself running when it enters, which would undo an earlier terminate: repeat until it is out.
     std::thread closer([this] {
@@ -811,10 +836,23 @@ void Engine::loop_until_closed() {
         }
     });
     std::thread watcher;
-    if (core_->device) {
-        watcher = std::thread([this] { watch_readers(); });
+    std::exception_ptr failure;
+    try {
+        if (core_->device) {
+            watcher = std::thread([this] { watch_readers(); });
+        }
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            ready_ = true;
+        }
+        events_.line("{\"event\":\"ready\",\"info\":" + info + "}");
+        core_->context.start_loop();
+    } catch (...) {
+        failure = std::current_exception(); // no thread to be had, or the core threw
     }
-    core_->context.start_loop();
+    if (failure) {
+        close(); // requests end; none is taken
+    }
     {
         std::lock_guard<std::mutex> lock(mutex_);
         loop_left_ = true;
@@ -823,6 +861,9 @@ void Engine::loop_until_closed() {
     closer.join();
     if (watcher.joinable()) {
         watcher.join();
+    }
+    if (failure) {
+        std::rethrow_exception(failure);
     }
 }
 

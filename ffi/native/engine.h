@@ -126,6 +126,7 @@ private:
     bool load();                // false: an error event was written
     void loop_until_closed();
     void serve(Request & request); // a request's thread
+    void forget(Request * request);
     void watch_readers();          // a thread of streaming engines: ends a pass that nobody waits for
     std::string explain(const std::string & error_json) const;
     std::string streaming_json() const;

@@ -32,29 +32,66 @@ EventWriter::~EventWriter() {
     close(fd_);
 }
 
-bool EventWriter::line(std::string_view json) {
-    // One buffer, one send: a line that fits the socket buffer is one system call and one wake-up of the reader.
+namespace {
+
+#if defined(MSG_NOSIGNAL)
+constexpr int no_signal = MSG_NOSIGNAL;
+#else
+constexpr int no_signal = 0; // SO_NOSIGPIPE is set on the socket
+#endif
+
+// One buffer, one send: a line that fits the socket buffer is one system call and one wake-up of the reader.
+std::string with_newline(std::string_view json) {
     std::string whole;
     whole.reserve(json.size() + 1);
     whole.append(json);
     whole.push_back('\n');
+    return whole;
+}
+
+} // namespace
+
+bool EventWriter::line(std::string_view json) {
+    const std::string whole = with_newline(json);
     std::lock_guard<std::mutex> lock(write_mutex_);
-    return write_all(whole.data(), whole.size());
+    const std::string begun = std::move(pending_);
+    pending_.clear();
+    return write_all(begun.data(), begun.size()) && write_all(whole.data(), whole.size());
+}
+
+void EventWriter::offer(std::string_view json) {
+    const std::string whole = with_newline(json);
+    const std::unique_lock<std::mutex> lock(write_mutex_, std::try_to_lock);
+    if (!lock.owns_lock() || gone_ || !pending_.empty()) {
+        return; // the reader is behind
+    }
+    const ssize_t sent = send_some(whole.data(), whole.size(), MSG_DONTWAIT);
+    if (sent > 0 && static_cast<size_t>(sent) < whole.size()) {
+        pending_ = whole.substr(static_cast<size_t>(sent));
+    }
+}
+
+ssize_t EventWriter::send_some(const char * data, size_t size, int flags) {
+    for (;;) {
+        const ssize_t sent = send(fd_, data, size, no_signal | flags);
+        if (sent >= 0 || errno != EINTR) {
+            return sent;
+        }
+    }
 }
 
 bool EventWriter::write_all(const char * data, size_t size) {
-#if defined(MSG_NOSIGNAL)
-    const int flags = MSG_NOSIGNAL;
-#else
-    const int flags = 0; // SO_NOSIGPIPE is set on the socket
-#endif
     while (size > 0 && !gone_) {
-        const ssize_t sent = send(fd_, data, size, flags);
-        if (sent < 0 && errno == EINTR) {
+        const ssize_t sent = send_some(data, size, 0);
+        if (sent < 0 && (errno == ENOBUFS || errno == ENOMEM)) {
+            pollfd p{};
+            p.fd = fd_;
+            p.events = POLLOUT;
+            poll(&p, 1, 10); // the system is short of buffers for a moment, not the reader gone
             continue;
         }
         if (sent <= 0) {
-            gone_ = true; // EPIPE or ECONNRESET: the reader left; nothing else can happen to a local stream socket
+            gone_ = true; // EPIPE or ECONNRESET: the reader left
             break;
         }
         data += sent;

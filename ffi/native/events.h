@@ -9,6 +9,7 @@
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <sys/types.h>
 
 namespace hypura {
 
@@ -33,6 +34,9 @@ public:
     // Safe to call from several threads; lines never interleave. `json` holds no newline.
     bool line(std::string_view json);
 
+    // Writes the line if that takes no waiting, else drops it: for what may be missed (logs, progress), under any lock.
+    void offer(std::string_view json);
+
     // True once the reader closed its end. Sticky. Does not block.
     bool peer_gone();
 
@@ -42,10 +46,12 @@ public:
 
 private:
     bool write_all(const char * data, size_t size);
+    ssize_t send_some(const char * data, size_t size, int flags);
 
     const int fd_;
     std::mutex write_mutex_;
-    bool gone_ = false; // guarded by write_mutex_
+    bool gone_ = false;   // guarded by write_mutex_
+    std::string pending_; // guarded by write_mutex_; the rest of an offered line that was begun
 };
 
 // `text` as a JSON string with its quotes. Bytes that are not UTF-8 become U+FFFD.

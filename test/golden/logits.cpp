@@ -105,11 +105,13 @@ bool run_engine(const hypura::OpenPlan & plan, const std::string & tokens, int c
     return true;
 }
 
-llama_token argmax(const Row & row) {
-    llama_token best = 0;
-    for (size_t i = 1; i < row.size(); ++i) {
-        if (row[i] > row[static_cast<size_t>(best)]) {
-            best = static_cast<llama_token>(i);
+// The likeliest token that does not end the text: the request says ignore_eos.
+llama_token argmax(const llama_vocab * vocab, const Row & row) {
+    llama_token best = LLAMA_TOKEN_NULL;
+    for (size_t i = 0; i < row.size(); ++i) {
+        const auto token = static_cast<llama_token>(i);
+        if (!llama_vocab_is_eog(vocab, token) && (best == LLAMA_TOKEN_NULL || row[i] > row[static_cast<size_t>(best)])) {
+            best = token;
         }
     }
     return best;
@@ -141,7 +143,7 @@ std::vector<Row> run_plain(const hypura::OpenPlan & plan, std::vector<llama_toke
         }
         const float * row = llama_get_logits_ith(ctx, -1);
         rows.emplace_back(row, row + vocab);
-        tokens = {argmax(rows.back())};
+        tokens = {argmax(llama_model_get_vocab(model), rows.back())};
     }
     llama_free(ctx);
     llama_model_free(model);
