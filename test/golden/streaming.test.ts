@@ -36,6 +36,7 @@ const subjects: readonly {
   { name: "deepseek2", kind: "tiny-deepseek2" },
   { name: "lfm2moe", kind: "tiny-lfm2moe" },
   { name: "mixed types, nothing at a page", kind: "tiny-mixed" },
+  { name: "experts with a kernel that wants them whole", kind: "tiny-mixtral", options: { type: "iq4_xs" } },
 ];
 const promptLengths = [1, 17, 300] as const;
 const threadCounts = [1, 2] as const;
