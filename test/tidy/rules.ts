@@ -154,7 +154,7 @@ function mayInclude(file: string, name: string): boolean {
     return file === "backend.cpp";
   }
   if (ggmlPublic.test(name)) {
-    return file === "engine.cpp" || /^backend\.(cpp|h)$/.test(file);
+    return file === "engine.cpp" || /^(backend|computer)\.(cpp|h)$/.test(file);
   }
   return file === "engine.cpp"; // llama.h, the server core's and common's
 }
