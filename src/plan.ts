@@ -190,7 +190,7 @@ function makeResident(
       ubatchTokens: usualUbatchTokens,
       pollPercent: residentPollPercent,
       repack,
-      loadMode: "mmap",
+      loadMode: isAligned(model) ? "mmap" : "read",
       streaming: null,
       memory,
       choices: [
@@ -212,6 +212,14 @@ function makeResident(
     };
   }
   return null;
+}
+
+/** ggml computes on tensors at multiples of this (TENSOR_ALIGNMENT of ggml-impl.h); a file may hold them closer. */
+const tensorAlignBytes = 32;
+
+/** Whether the file can be computed on where it is mapped. */
+function isAligned(model: Model): boolean {
+  return model.tensors.every((tensor) => tensor.offsetBytes % tensorAlignBytes === 0);
 }
 
 function commonPart(
@@ -266,6 +274,11 @@ const retryWaitNs = 1_000_000;
 /** A block's gate and up are in use while the next ones are read: more depth than this gained nothing. */
 const ringSlots = 6;
 const spanWorkBytes = 16_777_216;
+/**
+ * Experts come in several small graphs a layer, and waking a sleeping thread for each costs more than its spinning:
+ * 10 % more tokens a second (test/bench/NOTES.md). A dense model waits for the disk, where spinning is waste.
+ */
+const streamingPollPercent = 20;
 /** Routing drifts with the text; a few thousand tokens of memory keep the hot experts through a change of topic. */
 const halfLifeTokens = 4096;
 
@@ -302,7 +315,7 @@ function makeStreaming(
     contextTokens: shape.context.tokens,
     batchTokens: Math.max(shape.ubatch, limits.slotCount ?? 1, 2),
     ubatchTokens: shape.ubatch,
-    pollPercent: 0,
+    pollPercent: isMoe ? streamingPollPercent : 0,
     repack: false,
     loadMode: machine.hasDirectLoad ? "direct" : "read",
     streaming: {

@@ -310,7 +310,12 @@ async function answerOnce(
   } else {
     await print("\n");
     consola.info(summary(engine, answer));
-    if (streaming !== null && plan.streaming !== null && answer.timings.generatedTokens > 1) {
+    if (
+      streaming !== null &&
+      streaming.passes > 0 &&
+      plan.streaming !== null &&
+      answer.timings.generatedTokens > 1
+    ) {
       const { generatedTokens, generatedSeconds } = answer.timings;
       const decoded = { tokens: generatedTokens - 1, seconds: generatedSeconds }; // the first came with the prompt
       consola.info(streamingText(streaming, decoded, plan.streaming.touchedBytesPerToken));
