@@ -38,6 +38,10 @@ function starved(plan: Plan): Plan {
   return { ...plan, decodeThreads: 1, prefillThreads: 1, streaming: { ...plan.streaming, classes, reader } };
 }
 
+if (!existsSync(program)) {
+  console.error(`SKIPPED, ${program} is not built: bun ffi/build.ts --reference`);
+}
+
 describe.skipIf(!existsSync(program))("read faults", () => {
   test.each(kinds)("%s", async (kind) => {
     const path = join(folder, `${kind}.gguf`);
