@@ -149,7 +149,7 @@ const processBytes = 100_000_000;
 
 /** The plan for this model on this machine. Throws `not-enough-memory` where it does not fit. */
 export function makePlan(subject: ModelFiles, machine: Machine, limits: PlanLimits = noLimits): Plan {
-  const budget = Math.min(machine.memory.availableBytes, limits.memoryBytes ?? Number.POSITIVE_INFINITY);
+  const budget = budgetOf(machine, limits);
   const resident = limits.mode === "stream" ? null : makeResident(subject, machine, limits, budget);
   const plan =
     resident ?? (limits.mode === "resident" ? null : makeStreaming(subject, machine, limits, budget));
@@ -157,6 +157,17 @@ export function makePlan(subject: ModelFiles, machine: Machine, limits: PlanLimi
     throw refusal(subject.model, budget, machine, limits);
   }
   return plan;
+}
+
+/** What is free now is not ours alone: a sixteenth of it is left for what other programs ask for meanwhile. */
+const freeShare = 15 / 16;
+
+/** Bytes that a plan may use in all: what a person allows, else the free memory less a reserve. */
+export function budgetOf(machine: Machine, limits: PlanLimits): number {
+  const { availableBytes } = machine.memory;
+  return limits.memoryBytes === null
+    ? Math.floor(availableBytes * freeShare)
+    : Math.min(availableBytes, limits.memoryBytes);
 }
 
 export function totalBytes(memory: MemoryUse): number {
@@ -559,7 +570,7 @@ function refusal(model: Model, budget: number, machine: Machine, limits: PlanLim
     limits.memoryBytes !== null && limits.memoryBytes <= machine.memory.availableBytes
       ? "allowed by --memory"
       : machine.memory.limitedBy === null
-        ? "free"
+        ? "free for it"
         : `left under the control group ${machine.memory.limitedBy}`;
   const slots = limits.slotCount ?? 1;
   const tokens = contextChoices(model, limits).at(-1)?.tokens ?? usualContextTokens;

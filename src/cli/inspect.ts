@@ -8,7 +8,7 @@ import type { GgufValue } from "../gguf";
 import { type Machine, readMachine } from "../machine";
 import { kvBytesPerToken, type Model } from "../model";
 import { type ModelFile, openModelFile } from "../modelfile";
-import { type MemoryUse, type Plan, type PlanLimits, totalBytes } from "../plan";
+import { budgetOf, type MemoryUse, type Plan, type PlanLimits, totalBytes } from "../plan";
 import { bar, bytesText, clip, countText, plural, printable, shortCountText, table } from "../text";
 import { command, limitArgs, limitsOf, warnOfCut } from "./command";
 import { print, stdout } from "./terminal";
@@ -57,7 +57,7 @@ export function inspectText(
 /** The plan, or the reason why there is none. */
 interface Verdict {
   readonly machine: Machine;
-  /** What is free, or what --memory allows of it. */
+  /** What the plan may use: what is free less a reserve, or what --memory allows. */
   readonly budgetBytes: number;
   readonly plan: Plan | null;
   readonly refusal: HypuraError | null;
@@ -65,7 +65,7 @@ interface Verdict {
 
 function judge(file: ModelFile, limits: PlanLimits): Verdict {
   const machine = readMachine();
-  const budgetBytes = Math.min(machine.memory.availableBytes, limits.memoryBytes ?? Number.POSITIVE_INFINITY);
+  const budgetBytes = budgetOf(machine, limits);
   try {
     return { machine, budgetBytes, plan: planOf(file, limits, machine), refusal: null };
   } catch (error) {
