@@ -9,7 +9,9 @@
 
 #include <functional>
 #include <map>
+#include <string>
 #include <system_error>
+#include <utility>
 #include <unistd.h>
 
 namespace {
@@ -93,13 +95,15 @@ int32_t hy_request(int64_t engine, const char * route, const uint8_t * body_json
         if (it == table().engines.end()) {
             return HY_E_HANDLE;
         }
+        // Copied before there is a descriptor that a failing copy would leak.
+        std::string path(route);
+        std::string body(reinterpret_cast<const char *>(body_json), static_cast<size_t>(body_bytes));
         const hypura::EventPair pair = hypura::make_event_pair();
         if (pair.ours < 0) {
             return HY_E_DESCRIPTOR;
         }
         try {
-            it->second->request(route, {reinterpret_cast<const char *>(body_json), static_cast<size_t>(body_bytes)},
-                                pair.ours);
+            it->second->request(std::move(path), std::move(body), pair.ours);
         } catch (...) {
             close(pair.theirs);
             throw;
