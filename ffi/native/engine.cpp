@@ -748,7 +748,7 @@ void Engine::run() {
         std::lock_guard<std::mutex> lock(listeners().mutex);
         listeners().writers.erase(&events_);
     }
-    events_.line("{\"event\":\"closed\"}");
+    events_.offer("{\"event\":\"closed\"}"); // the end of the stream says it too, to a reader that is far behind
     events_.shut();
 }
 
