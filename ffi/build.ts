@@ -10,10 +10,10 @@ import { existsSync, mkdirSync, readFileSync, statfsSync, writeFileSync } from "
 import { availableParallelism, tmpdir } from "node:os";
 import { join } from "node:path";
 import { unpackLlama } from "../vendor/unpack";
+import { hashOf, libraryName } from "./library";
 
 const root = join(import.meta.dir, "..");
 const nativeFolder = join(root, "build", "native");
-const libraryName = process.platform === "darwin" ? "libhypura.dylib" : "libhypura.so";
 const library = join(nativeFolder, libraryName);
 const executable = join(root, "dist", "hypura");
 
@@ -172,7 +172,7 @@ async function followBuild(stream: ReadableStream<Uint8Array>): Promise<readonly
 /** The entry that carries the library; generated because its import exists only after the build. */
 function writeEntry(): string {
   const bytes = readFileSync(library);
-  const hash = Bun.hash.xxHash64(bytes).toString(16).padStart(16, "0");
+  const hash = hashOf(bytes);
   const entry = join(root, "build", "hypura.ts");
   writeFileSync(
     entry,

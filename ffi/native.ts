@@ -15,11 +15,10 @@ import {
 import { homedir, tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { HypuraError } from "../src/errors";
+import { hashOf, libraryName } from "./library";
 
 /** HY_ABI_VERSION that this file is written for. */
 const abiVersion = 1;
-
-const libraryName = process.platform === "darwin" ? "libhypura.dylib" : "libhypura.so";
 
 const symbols = {
   hy_abi_version: { args: [], returns: "i32" },
@@ -58,7 +57,7 @@ interface EmbeddedLibrary {
   /** Where Bun shows the bytes inside the executable. */
   readonly path: string;
   readonly sizeBytes: number;
-  /** xxHash64 of the bytes, 16 hexadecimal digits: guards against damage, not against an attacker. */
+  /** hashOf the bytes. */
   readonly hash: string;
 }
 
@@ -158,11 +157,6 @@ function isIntact(file: string, library: EmbeddedLibrary): boolean {
     return false; // another user could have written it
   }
   return hashOf(readFileSync(file)) === library.hash;
-}
-
-/** xxHash64 as 16 hexadecimal digits; the build uses it for what it embeds. */
-export function hashOf(bytes: Uint8Array): string {
-  return Bun.hash.xxHash64(bytes).toString(16).padStart(16, "0");
 }
 
 type Bound = ReturnType<typeof dlopen<typeof symbols>>["symbols"];

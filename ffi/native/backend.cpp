@@ -2,18 +2,14 @@
 
 #include "computer.h"
 
-#include "ggml-alloc.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
 
 #include <algorithm>
-#include <array>
-#include <cstdlib>
 #include <cstring>
 #include <map>
-#include <unordered_map>
 
 namespace hypura {
 

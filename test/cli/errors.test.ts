@@ -8,6 +8,7 @@ import {
   environment,
   hypura,
   type Outcome,
+  outcomeOf,
   program,
   type RunOptions,
   scratchFolder,
@@ -225,12 +226,7 @@ describe("a stdout that closes", () => {
       stdout: "pipe",
       stderr: "pipe",
     });
-    const [stdout, stderr, status] = await Promise.all([
-      new Response(child.stdout).text(),
-      new Response(child.stderr).text(),
-      child.exited,
-    ]);
-    return { status, stdout, stderr };
+    return outcomeOf(child);
   }
 
   test("run | head", async () => {

@@ -44,6 +44,11 @@ export async function hypura(args: readonly string[], options: RunOptions = {}):
     stdout: "pipe",
     stderr: "pipe",
   });
+  return outcomeOf(child);
+}
+
+/** Both streams and the status of a program, once it has ended. */
+export async function outcomeOf(child: Bun.Subprocess<Bun.Spawn.Writable, "pipe", "pipe">): Promise<Outcome> {
   const [stdout, stderr, status] = await Promise.all([
     new Response(child.stdout).text(),
     new Response(child.stderr).text(),

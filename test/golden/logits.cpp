@@ -174,8 +174,7 @@ int main(int argc, char ** argv) {
     if (!run_engine(plan, argv[2], count, std::move(seams))) {
         return 2;
     }
-    hypura::OpenPlan resident = plan;
-    const std::vector<Row> plain = run_plain(resident, tokens, count);
+    const std::vector<Row> plain = run_plain(plan, tokens, count);
     size_t equal = 0;
     while (equal < plain.size() && equal < engine_rows.size() && plain[equal].size() == engine_rows[equal].size() &&
            memcmp(plain[equal].data(), engine_rows[equal].data(), plain[equal].size() * sizeof(float)) == 0) {
