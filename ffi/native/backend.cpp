@@ -5,6 +5,7 @@
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
+#include "ggml-impl.h"
 #include "ggml.h"
 
 #include <algorithm>
@@ -34,6 +35,7 @@ public:
     void set_threads(ggml_backend_t backend, int thread_count) override {
         ggml_backend_cpu_set_n_threads(backend, thread_count);
     }
+    bool takes_any_distance() const override { return true; } // its kernels step by nb[2]
 
 private:
     ggml_threadpool * const threads_;
@@ -44,6 +46,10 @@ private:
 
 std::unique_ptr<DelegateFactory> make_cpu_delegate(ggml_threadpool * threads) {
     return std::make_unique<CpuDelegate>(threads);
+}
+
+int32_t uses_in_graph(const ggml_cgraph * split, int node_index) {
+    return split->visited_hash_set.size == 0 ? -1 : ggml_node_get_use_count(split, node_index);
 }
 
 // ------------------------------------------------------------------------------------------------ the device

@@ -54,6 +54,8 @@ public:
     // The delegate's device: asked whether it can run what stands between two streamed products.
     virtual ggml_backend_dev_t device() = 0;
     virtual void set_threads(ggml_backend_t backend, int thread_count) = 0;
+    // Whether the experts of a weight may lie at any distance in bytes; else only at whole blocks of its type.
+    virtual bool takes_any_distance() const { return false; }
 };
 
 // llama.cpp's CPU backend, on a thread pool that the engine owns and llama.cpp shares.
