@@ -154,10 +154,9 @@ bool Computer::run(ggml_cgraph * cgraph) {
             }
             next_op = 0;
         }
-        const uint32_t stage = stage_end(cgraph, next_op);
-        const bool chained = find_chain(cgraph, next_op, stage);
-        const uint32_t end = chained ? stage + 1 : stage;
-        if (!(chained ? run_chain(cgraph) : run_stage(next_op, stage))) {
+        const bool chained = find_chain(cgraph, next_op);
+        const uint32_t end = chained ? chain_.last_op + 1 : stage_end(cgraph, next_op);
+        if (!(chained ? run_chain(cgraph) : run_stage(next_op, end))) {
             return false;
         }
         i = static_cast<int>(ops_[end - 1].node_index) + 1;

@@ -239,7 +239,7 @@ private:
         std::byte * rows = nullptr; // of the last product, in the order in which they were computed
     };
     struct ChainGroup;
-    bool find_chain(ggml_cgraph * cgraph, uint32_t first, uint32_t last);
+    bool find_chain(ggml_cgraph * cgraph, uint32_t first);
     bool is_chain(ggml_cgraph * cgraph) const;
     bool is_chain_step(const ggml_tensor * node, ggml_cgraph * cgraph) const;
     bool chain_waits(uint32_t first, uint32_t last, LeaseState state) const;

@@ -75,9 +75,13 @@ bool Computer::chain_waits(uint32_t first, uint32_t last, LeaseState state) cons
     return false;
 }
 
-// Whether the products [first, last) and the one behind them are a chain that is worth it: a first product waits for a
-// read, and every stride has its slot, so that no wave needs to take one back.
-bool Computer::find_chain(ggml_cgraph * cgraph, uint32_t first, uint32_t last) {
+// Whether the products on one input from `first` on and the one behind them are a chain that is worth it: a first product
+// waits for a read, and every stride has its slot, so that no wave needs to take one back.
+bool Computer::find_chain(ggml_cgraph * cgraph, uint32_t first) {
+    uint32_t last = first + 1;
+    while (last < op_count_ && ops_[last].node->src[1] == ops_[first].node->src[1]) {
+        ++last;
+    }
     if (last >= op_count_ || !ops_[first].routed || !chain_waits(first, last, LeaseState::kReading) ||
         chain_waits(first, last + 1, LeaseState::kWaiting)) {
         return false;
