@@ -118,7 +118,7 @@ bool StreamState::open(std::string * sentence) {
     if (!stream.open(spec.stream, wrapped_source ? wrapped_source.get() : &source, pool, sentence)) {
         return false;
     }
-    weights.resize(spec.tensors.size());
+    weights = std::make_unique<Weight[]>(spec.tensors.size());
     for (uint32_t i = 0; i < spec.tensors.size(); ++i) {
         weights[i].spec = &spec.tensors[i];
         weights[i].order = i;
@@ -325,7 +325,7 @@ void device_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     StreamDevice::Impl & device = impl_of(dev);
-    for (Weight & weight : device.weights) {
+    for (Weight & weight : device.all_weights()) {
         if (weight.tensor != nullptr) {
             weight.tensor->ne[3] = 1; // loading is over; idempotent, there may be more contexts
         }
@@ -454,6 +454,14 @@ uint64_t StreamDevice::pool_bytes() const {
 
 BackendCounters StreamDevice::counters() const {
     return {impl_->pass_count, impl_->op_count, impl_->delegate_calls, impl_->wave_count, impl_->gathered_count};
+}
+
+std::vector<WeightCounters> StreamDevice::weight_counters() const {
+    std::vector<WeightCounters> counters;
+    for (const Weight & weight : impl_->all_weights()) {
+        counters.push_back({weight.asked_count, weight.late_count, weight.stall_ns});
+    }
+    return counters;
 }
 
 void StreamDevice::interrupt(bool on) {

@@ -70,6 +70,13 @@ struct BackendCounters {
     uint64_t gathered_count = 0; // products on some experts of an op, the others not being there yet
 };
 
+// Of one streamed tensor.
+struct WeightCounters {
+    uint64_t asked_count; // strides that products asked for
+    uint64_t late_count;  // of those, not ready when asked for
+    uint64_t stall_ns;
+};
+
 class StreamDevice {
 public:
     // Opens the pool and the stream and registers the device with ggml. Null and a sentence in `error` when that
@@ -98,6 +105,7 @@ public:
     Stream & stream();
     uint64_t pool_bytes() const;
     BackendCounters counters() const;
+    std::vector<WeightCounters> weight_counters() const; // in the order of the plan
 
     // While on, passes end with GGML_STATUS_FAILED at the next stride. From any thread.
     void interrupt(bool on);

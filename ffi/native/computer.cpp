@@ -50,7 +50,7 @@ Computer::Computer(StreamState & device) : device_(device), delegate_(device.del
     uint32_t largest = 1;
     int64_t widest_in = 1;
     int64_t widest_out = 1;
-    for (const Weight & w : device.weights) {
+    for (const Weight & w : device.all_weights()) {
         largest = std::max(largest, w.spec->stride_count);
         if (w.tensor != nullptr) {
             widest_in = std::max(widest_in, w.tensor->ne[0]);
@@ -271,7 +271,18 @@ bool Computer::list_experts(Op & op) {
 
 bool Computer::begin_all() {
     const BeginResult begun = device_.stream.begin({leases_.data(), lease_count_}, Holding::kNothing);
+    count_asked();
     return begun.status != Status::kInterrupted || fail("the request was cancelled");
+}
+
+void Computer::count_asked() {
+    for (uint32_t i = 0; i < op_count_; ++i) {
+        const Op & op = ops_[i];
+        const Lease * first = leases_.data() + op.first_lease;
+        const auto ready = std::count_if(first, first + op.lease_count, [](const Lease & l) { return l.state == LeaseState::kReady; });
+        op.weight->asked_count += op.lease_count;
+        op.weight->late_count += op.lease_count - static_cast<uint32_t>(ready);
+    }
 }
 
 // Products that follow each other directly and do not need each other's results: whichever is ready may go first. Not
@@ -413,12 +424,19 @@ bool Computer::wait_for(uint32_t first, uint32_t last) {
             return true; // a wave brought something that was ready already
         }
     }
-    return wait_for_read({leases_.data() + begin, end - begin});
+    uint32_t waiting = first; // the first that still lacks a stride
+    while (waiting + 1 < last && ops_[waiting].computed == ops_[waiting].lease_count) {
+        ++waiting;
+    }
+    return wait_for_read(*ops_[waiting].weight, {leases_.data() + begin, end - begin});
 }
 
-// Until one of them that is being read is there.
-bool Computer::wait_for_read(Span<Lease> leases) {
-    switch (device_.stream.wait_some(leases)) {
+// Until one of them that is being read is there; the time counts for `weight`.
+bool Computer::wait_for_read(Weight & weight, Span<Lease> leases) {
+    const uint64_t start_ns = platform::now_ns();
+    const Status status = device_.stream.wait_some(leases);
+    weight.stall_ns += platform::now_ns() - start_ns;
+    switch (status) {
         case Status::kOk:
             return true;
         case Status::kInterrupted:

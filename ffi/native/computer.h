@@ -60,11 +60,14 @@ private:
     std::vector<uint64_t> slot_bytes_;
 };
 
-// What a streamed weight's `extra` points to.
+// What a streamed weight's `extra` points to. The counts are since the engine opened.
 struct Weight {
     const StreamedTensor * spec = nullptr;
     ggml_tensor * tensor = nullptr;
     uint32_t order = 0; // place in the plan's list, which is the order of a pass
+    std::atomic<uint64_t> asked_count{0}; // strides that products asked for
+    std::atomic<uint64_t> late_count{0};  // of those, not ready when asked for
+    std::atomic<uint64_t> stall_ns{0};
 };
 
 inline bool is_product(const ggml_tensor * node) {
@@ -85,7 +88,7 @@ struct StreamState {
     std::vector<std::string> patterns;
 
     std::unordered_map<std::string, uint32_t> by_name;
-    std::vector<Weight> weights;
+    std::unique_ptr<Weight[]> weights; // as many as spec.tensors
     std::string error; // guarded by error_mutex
     std::mutex error_mutex;
 
@@ -114,7 +117,8 @@ struct StreamState {
     bool owns(const ggml_tensor * t) const {
         return t != nullptr && t->buffer != nullptr && ggml_backend_buffer_get_type(t->buffer) == own_type && t->view_src == nullptr;
     }
-    const Weight & weight_of(const ggml_tensor * t) const { return *static_cast<const Weight *>(t->extra); }
+    Span<Weight> all_weights() const { return {weights.get(), static_cast<uint32_t>(spec.tensors.size())}; }
+    Weight & weight_of(const ggml_tensor * t) const { return *static_cast<Weight *>(t->extra); }
     bool claims(const ggml_tensor * op) const;
     bool fed_by_product(const ggml_tensor * t, int depth) const;
     ggml_backend_buffer_t pool_buffer() const { return pool_is_host ? host_buffer.get() : delegate_pool.buffer(); }
@@ -126,7 +130,7 @@ struct StreamState {
 // A streamed product of the split at hand.
 struct Op {
     ggml_tensor * node = nullptr;
-    const Weight * weight = nullptr;
+    Weight * weight = nullptr;
     uint32_t node_index = 0;
     uint32_t first_lease = 0;
     uint32_t lease_count = 0;
@@ -196,12 +200,13 @@ private:
     bool add_op(ggml_tensor * node, uint32_t index);
     bool list_experts(Op & op);
     bool begin_all();
+    void count_asked();
     bool run_stage(uint32_t first, uint32_t last);
     uint32_t stage_end(ggml_cgraph * cgraph, uint32_t first) const;
     bool start_ready(Op & op);
     bool next_wave(uint32_t first, uint32_t last);
     bool wait_for(uint32_t first, uint32_t last);
-    bool wait_for_read(Span<Lease> leases);
+    bool wait_for_read(Weight & weight, Span<Lease> leases);
     bool compute_whole(Op & op, const Lease & lease);
     bool compute_span(Op & op);
     bool compute_single(Op & op, const Lease & lease);

@@ -173,7 +173,7 @@ bool Computer::run_chain(ggml_cgraph * cgraph) {
             break;
         }
         const uint32_t count = last.first_lease + last.lease_count - first.first_lease;
-        if (!flush() || !wait_for_read({leases_.data() + first.first_lease, count})) {
+        if (!flush() || !wait_for_read(*first.weight, {leases_.data() + first.first_lease, count})) {
             return false;
         }
     }

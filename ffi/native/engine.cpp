@@ -593,7 +593,12 @@ std::string Engine::streaming_json() const {
     for (const auto & [name, value] : fields) {
         json += (json.size() > 1 ? "," : "") + json_string(name) + ":" + std::to_string(value);
     }
-    return json + "}";
+    std::string tensors;
+    for (const WeightCounters & one : core_->device->weight_counters()) {
+        tensors += (tensors.empty() ? "" : ",") + std::string("{\"asked\":") + std::to_string(one.asked_count) + ",\"late\":" +
+                   std::to_string(one.late_count) + ",\"stallNs\":" + std::to_string(one.stall_ns) + "}";
+    }
+    return json + ",\"tensors\":[" + tensors + "]}";
 }
 
 void Engine::serve(Request & request) {

@@ -15,7 +15,7 @@ import {
   type Prompt,
 } from "../generate";
 import { type Plan, totalBytes } from "../plan";
-import { countersSince, type StreamingCounters, streamingText } from "../streaming";
+import { countersSince, layersOf, layersText, type StreamingCounters, streamingText } from "../streaming";
 import { bytesText, countText, durationText } from "../text";
 import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
 import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut } from "./command";
@@ -92,7 +92,7 @@ export const runCommand = command(
       }
       const full = promptFor(prompt ?? "", flags, hasChatTemplate);
       try {
-        await answerOnce(engine, full, { maxTokens: defaultMaxTokens, ...options }, flags.json === true);
+        await answerOnce(engine, full, { maxTokens: defaultMaxTokens, ...options }, flags);
       } catch (error) {
         throw withAdvice(error, trainedContextTokens);
       }
@@ -295,7 +295,7 @@ async function answerOnce(
   engine: Engine,
   prompt: Prompt,
   options: GenerateOptions,
-  json: boolean,
+  { json = false, verbose = false }: Flags,
 ): Promise<void> {
   const watch = new StreamingWatch(engine);
   const answer = await interruptible((signal) => {
@@ -319,6 +319,9 @@ async function answerOnce(
       const { generatedTokens, generatedSeconds } = answer.timings;
       const decoded = { tokens: generatedTokens - 1, seconds: generatedSeconds }; // the first came with the prompt
       consola.info(streamingText(streaming, decoded, plan.streaming.touchedBytesPerToken));
+      if (verbose) {
+        tell(`${layersText(layersOf(streaming, plan), decoded.tokens)}\n`);
+      }
     }
   }
   if (answer.finish === "cancelled") {
