@@ -84,6 +84,19 @@ export interface Streaming {
   readonly touchedBytesPerToken: number;
 }
 
+/** Tokens that are guessed and verified in one pass. ffi/native/engine.h, PlanSpeculation. */
+export interface Speculation {
+  /** Guessed at once, at most. */
+  readonly maxTokens: number;
+  /** Guesses what followed the last `matchTokens` tokens before, in prompt and answer. */
+  readonly fromContext: boolean;
+  readonly matchTokens: number;
+  /** A small model with the same vocabulary that guesses where the context gives nothing. */
+  readonly draftPath: string | null;
+  /** A draft ends before a token that the draft model holds less likely, 0 to 1. */
+  readonly draftProbability: number;
+}
+
 /** Everything native code needs, as one value that survives JSON. ffi/native/engine.h, OpenPlan, reads it. */
 export interface Plan {
   readonly version: 1;
@@ -109,6 +122,8 @@ export interface Plan {
   readonly loadMode: "mmap" | "direct" | "read";
   /** Null: everything is resident, and the streaming device is never registered. */
   readonly streaming: Streaming | null;
+  /** Null: one token a pass. */
+  readonly speculation: Speculation | null;
   readonly memory: MemoryUse;
   readonly choices: readonly Choice[];
 }
@@ -259,6 +274,7 @@ function commonPart(
     gpuLayers: 0,
     kvTypeK: "f16",
     kvTypeV: "f16",
+    speculation: null,
   } as const;
 }
 
