@@ -9,6 +9,9 @@ import { print, stderr, tell } from "./cli/terminal";
 import { type ErrorCode, exitStatus, HypuraError } from "./errors";
 import { nearest, oneLine } from "./text";
 
+/** What `serve` starts its engines with (child.ts); no command of a person's, so it is in no list. */
+const engineCommand = "__engine";
+
 interface Entry {
   readonly summary: string;
   readonly load: () => Promise<Command>;
@@ -50,7 +53,11 @@ function setUpMessages(): void {
 /** Runs the command line of this process and ends it. */
 export async function main(): Promise<never> {
   setUpMessages();
-  process.exit(await run(process.argv.slice(2)));
+  const argv = process.argv.slice(2);
+  if (argv[0] === engineCommand) {
+    return (await import("./child")).runEngineChild();
+  }
+  process.exit(await run(argv));
 }
 
 async function run(argv: readonly string[]): Promise<number> {
