@@ -37,6 +37,8 @@ export interface ChildOptions extends OpenOptions {
   readonly onPrint?: (line: string) => void;
   /** The engine is gone, asked for or not. */
   readonly onGone?: () => void;
+  /** Ends the engine at once, also while it loads. */
+  readonly signal?: AbortSignal;
 }
 
 /** An engine in a child process. */
@@ -88,6 +90,9 @@ class ChildTransport implements EngineTransport {
     const printed = this.#followStderr();
     this.#ended = this.#follow(printed);
     this.#tell(`open\t${planJson}`);
+    const end = (): void => this.#child.kill("SIGKILL");
+    options.signal?.addEventListener("abort", end, { once: true });
+    this.#ended.finally(() => options.signal?.removeEventListener("abort", end));
   }
 
   get processId(): number {
@@ -142,8 +147,9 @@ class ChildTransport implements EngineTransport {
     await Promise.race([printed, Bun.sleep(200)]); // a grandchild may hold the pipe open
     this.lines.end();
     this.#requests.clear();
+    const reason = this.#closing || this.#child.exitCode === 0 ? undefined : this.#obituary();
     this.#options.onGone?.();
-    return this.#closing || this.#child.exitCode === 0 ? undefined : this.#obituary();
+    return reason;
   }
 
   async #readEvents(): Promise<void> {
