@@ -4,7 +4,8 @@
 
 import type { EngineChunk } from "./engine";
 import type { ServedModel } from "./ollama-model";
-import type { EngineCall, Fields } from "./ollama-request";
+import type { EngineCall } from "./ollama-prepare";
+import type { Fields } from "./wire-body";
 import type { WireError } from "./wire-error";
 
 export type V1Endpoint =
