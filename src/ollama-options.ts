@@ -83,12 +83,12 @@ function checked(fields: Fields): Values {
   for (const [key, value] of Object.entries(fields)) {
     if (value === null || !Object.hasOwn(optionTypes, key)) continue;
     const name = key as OptionName;
-    values[name] = valueOf(name, value);
+    values[name] = optionValue(name, value);
   }
   return values;
 }
 
-function valueOf(name: OptionName, value: unknown): number | readonly string[] | boolean {
+function optionValue(name: OptionName, value: unknown): number | readonly string[] | boolean {
   const type = optionTypes[name];
   switch (type) {
     case "integer":

@@ -420,21 +420,21 @@ function withoutOldThoughts(
 const maxNameLength = 256;
 
 function readTools(reader: Reader, model: ServedModel): readonly Fields[] {
-  const tools = reader.objects("tools") ?? [];
-  if (tools.length === 0) return [];
-  if (!model.capabilities.includes("tools")) {
+  const tools = readToolSchemas(reader);
+  if (tools.length > 0 && !model.capabilities.includes("tools")) {
     throw new WireError(400, `${longName(model.name)} does not support tools`);
   }
-  return tools.map((tool) => {
-    const one = readerOf(tool, "Tool");
-    const called = readerOf(one.object("function") ?? {}, "ToolFunction");
+  return tools;
+}
+
+/** `tools` of this dialect and of OpenAI's. The schemas go on as they came; the names around them are the engine's. */
+export function readToolSchemas(reader: Reader): readonly Fields[] {
+  return (reader.objects("tools") ?? []).map((tool) => {
+    const called = readerOf(readerOf(tool, "Tool").object("function") ?? {}, "ToolFunction");
     const name = called.text("name") ?? "";
     if (name === "" || name.length > maxNameLength) {
       throw new WireError(400, `a tool's function needs a name of 1 to ${maxNameLength} characters`);
     }
-    called.text("description");
-    called.object("parameters");
-    // The schema goes on as it came; only the names around it must be the engine's.
     return {
       type: "function",
       function: {
