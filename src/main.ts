@@ -22,6 +22,10 @@ const commands: Readonly<Record<string, Entry>> = {
     summary: "Answer a prompt, or chat, with a model",
     load: async () => (await import("./cli/run")).runCommand,
   },
+  serve: {
+    summary: "Serve models to everything that speaks Ollama, OpenAI or Anthropic",
+    load: async () => (await import("./cli/serve")).serveCommand,
+  },
   inspect: {
     summary: "Show what a model file holds and how it would run here",
     load: async () => (await import("./cli/inspect")).inspectCommand,
@@ -76,8 +80,8 @@ async function dispatch(argv: readonly string[]): Promise<void> {
     return;
   }
   const name = first === "--version" || first === "-v" ? "version" : first;
-  const { definition } = await find(name);
-  const { help, words } = readCommandLine(name, (definition.args ?? {}) as ArgsDef, rest);
+  const { definition, takesMany } = await find(name);
+  const { help, words } = readCommandLine(name, (definition.args ?? {}) as ArgsDef, rest, takesMany);
   if (help) {
     await print(`${await helpPage(name)}\n`);
     return;
