@@ -5,10 +5,10 @@
 import type { EngineChunk } from "./engine";
 import type { Keeper, Lease, Log } from "./keeper";
 import type { LibraryModel } from "./library";
-import { drive, embed, prepare } from "./ollama-prepare";
+import { drive, type EngineCall, embed, prepare } from "./ollama-prepare";
 import { errorReply, renderReply, replyFor, residenceReply } from "./ollama-reply";
 import type { EmbedWork, GenerateWork, Work } from "./ollama-request";
-import { type V1Reply, type V1Work, v1ReplyFor } from "./openai";
+import { prepareV1, type V1Reply, type V1Work, v1ReplyFor } from "./openai";
 import { WireError, wireErrorOf } from "./wire-error";
 
 /** What jobs need of the server. */
@@ -33,8 +33,8 @@ export interface TokenCounters {
  */
 const silentWaitMs = 60_000;
 /**
- * The engine checks a /v1 request itself and answers a wrong one at once; a right one may need minutes for its first
- * token. After so long the answer begins with a heartbeat.
+ * What the engine checks by itself it refuses at once, while a right request may need minutes for its first token.
+ * After so long the answer begins with a heartbeat.
  */
 const verdictWaitMs = 2000;
 
@@ -339,13 +339,18 @@ export async function answerEmbed(
   return job.whole(async () => {
     const lease = await job.enter(shop.keeper, model, work.keepAliveSeconds);
     const times = { receivedNs: job.receivedNs, loadedNs: Bun.nanoseconds(), nowNs: Bun.nanoseconds };
-    return drive(embed(work, model.served, times), ({ route, body }) => lease.ask(route, body));
+    return drive(embed(work, model.served, times), asker(lease));
   });
+}
+
+/** Asks the engine what a dialect's steps want to know. */
+function asker(lease: Lease<LibraryModel>): (call: EngineCall) => Promise<unknown> {
+  return ({ route, body }) => lease.ask(route, body);
 }
 
 async function readied(shop: Workshop, job: Job, model: LibraryModel, work: GenerateWork) {
   const lease = await job.enter(shop.keeper, model, work.keepAliveSeconds);
-  const prepared = await drive(prepare(work, model.served), ({ route, body }) => lease.ask(route, body));
+  const prepared = await drive(prepare(work, model.served), asker(lease));
   return { lease, prepared };
 }
 
@@ -360,7 +365,7 @@ async function wholeWork(shop: Workshop, job: Job, model: LibraryModel, work: Ge
   for await (const chunk of counted(shop, lease.request(prepared.route, prepared.body))) {
     reply.onChunk(chunk);
   }
-  return drive(reply.whole(), ({ route, body }) => lease.ask(route, body));
+  return drive(reply.whole(), asker(lease));
 }
 
 async function streamWork(
@@ -382,7 +387,7 @@ async function streamWork(
           outlet.send(ndjson(reply.onChunk(chunk)));
           await outlet.whenRoom();
         }
-        outlet.send(ndjson(await drive(reply.end(), ({ route, body }) => lease.ask(route, body))));
+        outlet.send(ndjson(await drive(reply.end(), asker(lease))));
       },
     },
     readied(shop, job, model, work),
@@ -406,13 +411,18 @@ export async function answerV1(
   work: V1Work,
 ): Promise<Response> {
   const reply = v1ReplyFor(work, { nowUnixSeconds: Math.floor(Date.now() / 1000), newId });
-  const { route, body } = work.call;
+  const keepAliveSeconds = work.kind === "embed" ? work.work.keepAliveSeconds : null;
+  const begin = async (): Promise<AsyncGenerator<EngineChunk, void> | null> => {
+    const lease = await job.enter(shop.keeper, model, keepAliveSeconds);
+    const prepared = await drive(prepareV1(work, model.served), asker(lease));
+    reply.begin(prepared);
+    return prepared.kind === "answer" ? null : counted(shop, lease.request(prepared.route, prepared.body));
+  };
   if (work.stream) {
-    return streamV1(job, reply, firstChunk(shop, job, model, work));
+    return streamV1(job, reply, begun(begin(), work.kind === "pass"));
   }
   return job.whole(async () => {
-    const lease = await job.enter(shop.keeper, model, null);
-    for await (const chunk of counted(shop, lease.request(route, body))) {
+    for await (const chunk of (await begin()) ?? []) {
       reply.onChunk(chunk);
     }
     return reply.whole();
@@ -420,27 +430,36 @@ export async function answerV1(
 }
 
 interface Begun {
-  readonly chunks: AsyncGenerator<EngineChunk, void>;
-  readonly first: IteratorResult<EngineChunk, void>;
+  readonly chunks: AsyncIterator<EngineChunk, void> | null;
+  readonly first: Promise<IteratorResult<EngineChunk, void>> | null;
 }
 
-async function firstChunk(shop: Workshop, job: Job, model: LibraryModel, work: V1Work): Promise<Begun> {
-  const lease = await job.enter(shop.keeper, model, null);
-  const chunks = counted(shop, lease.request(work.call.route, work.call.body));
-  return { chunks, first: await chunks.next() };
+/** What is passed through is checked by the engine alone: its first word, where it comes soon, decides the status. */
+async function begun(
+  beginning: Promise<AsyncGenerator<EngineChunk, void> | null>,
+  isPassed: boolean,
+): Promise<Begun> {
+  const chunks = await beginning;
+  const first = chunks?.next() ?? null;
+  if (first !== null && isPassed) {
+    await settledOr(first, verdictWaitMs);
+  }
+  return { chunks, first };
 }
 
 function streamV1(job: Job, reply: V1Reply, ready: Promise<Begun>): Promise<Response> {
   return job.stream(
     {
       contentType: "text/event-stream",
-      waitMs: verdictWaitMs,
+      waitMs: silentWaitMs,
       heartbeat: () => reply.heartbeat(),
       failure: (error) => reply.error(error),
       async produce({ chunks, first }, outlet) {
-        for (let next = first; !next.done; next = await chunks.next()) {
-          outlet.send(reply.onChunk(next.value));
-          await outlet.whenRoom();
+        if (chunks !== null && first !== null) {
+          for (let next = await first; !next.done; next = await chunks.next()) {
+            outlet.send(reply.onChunk(next.value));
+            await outlet.whenRoom();
+          }
         }
         outlet.send(reply.end());
       },

@@ -237,7 +237,7 @@ class Desk {
       return await route.handle(call);
     } catch (thrown) {
       const error = wireErrorOf(thrown);
-      if (error.status >= 500) {
+      if (error.status === 500) {
         this.#log("error", `${route.method} ${route.path}: ${causeOf(thrown)}`);
       }
       return jsonResponse(route.refusal(error), error.status);
