@@ -11,7 +11,7 @@ import {
   shortName,
 } from "./ollama-model";
 import { type Options, optionsOf, readOptions } from "./ollama-options";
-import { durationSeconds, type Fields, isObject, type Reader, readerOf } from "./wire-body";
+import { checkedSchema, durationSeconds, type Fields, isObject, type Reader, readerOf } from "./wire-body";
 import { WireError } from "./wire-error";
 
 // ---- names ----------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ function readKeepAlive(reader: Reader): number | null {
 function readFormat(value: unknown): Fields | null {
   if (value === undefined || value === "") return null;
   if (value === "json") return { type: "object" };
-  if (isObject(value)) return value;
+  if (isObject(value)) return checkedSchema(value);
   // As Go quotes a JSON text.
   const shown = JSON.stringify(JSON.stringify(value));
   throw new WireError(400, `invalid format: ${shown}; expected "json" or a valid JSON Schema object`);
@@ -416,7 +416,7 @@ function withoutOldThoughts(
 
 // ---- tools ----------------------------------------------------------------------------------------------------
 
-/** Longer names make the engine's grammar builder recurse too deep, and no function is called like that. */
+/** As for names in schemas (wire-body.ts). */
 const maxNameLength = 256;
 
 function readTools(reader: Reader, model: ServedModel): readonly Fields[] {
@@ -440,7 +440,7 @@ export function readToolSchemas(reader: Reader): readonly Fields[] {
       function: {
         name,
         description: called.text("description") ?? "",
-        parameters: called.object("parameters") ?? { type: "object", properties: {} },
+        parameters: checkedSchema(called.object("parameters") ?? { type: "object", properties: {} }),
       },
     };
   });

@@ -36,7 +36,7 @@ import {
   responsesMender,
   thinkOf,
 } from "./v1-pass";
-import { type Fields, isObject, type Reader, readerOf } from "./wire-body";
+import { checkedSchema, type Fields, isObject, type Reader, readerOf } from "./wire-body";
 import { WireError } from "./wire-error";
 
 export type V1Endpoint =
@@ -284,7 +284,7 @@ function readResponseFormat(reader: Reader): Fields | null {
     case "json_schema": {
       const wrapper = format?.["json_schema"];
       const schema = isObject(wrapper) ? wrapper["schema"] : undefined;
-      if (isObject(schema)) return schema;
+      if (isObject(schema)) return checkedSchema(schema);
       throw new WireError(400, "response_format needs json_schema.schema");
     }
     default:

@@ -6,7 +6,7 @@ import type { EngineChunk } from "./engine";
 import type { ServedModel } from "./ollama-model";
 import type { EngineCall } from "./ollama-prepare";
 import { type Think, thinkFields } from "./ollama-request";
-import { type Fields, isObject, type Reader, readerOf } from "./wire-body";
+import { checkedSchema, type Fields, isObject, type Reader, readerOf } from "./wire-body";
 import { WireError } from "./wire-error";
 
 /** One server-sent event. */
@@ -178,7 +178,7 @@ export function messagesCall(
 
 /** Tools that run at Anthropic's have no schema of their own, and nothing runs them here. */
 function customTool(tool: Fields): Fields {
-  if (isObject(tool["input_schema"]) && typeof tool["name"] === "string") return tool;
+  if (isObject(tool["input_schema"]) && typeof tool["name"] === "string") return checkedSchema(tool);
   throw new WireError(
     400,
     `the tool ${JSON.stringify(tool["name"] ?? tool["type"] ?? "")} has no name or no input_schema: only tools that the client runs are supported`,
@@ -226,7 +226,7 @@ export function responsesCall(body: Fields, asked: string, model: ServedModel): 
 /** Functions in groups are functions; what only OpenAI can run is left out, as the model cannot call it. */
 function functionTools(tools: readonly Fields[]): readonly Fields[] {
   return tools.flatMap((tool) => {
-    if (tool["type"] === "function") return [tool];
+    if (tool["type"] === "function") return [checkedSchema(tool)];
     const inner = tool["tools"];
     return tool["type"] === "namespace" && Array.isArray(inner) ? functionTools(inner.filter(isObject)) : [];
   });
@@ -265,7 +265,9 @@ function responseFormat(reader: Reader): object {
       return { response_format: { type: "json_object" } };
     case "json_schema":
       if (isObject(format?.["schema"])) {
-        return { response_format: { type: "json_schema", json_schema: { schema: format["schema"] } } };
+        return {
+          response_format: { type: "json_schema", json_schema: { schema: checkedSchema(format["schema"]) } },
+        };
       }
       throw new WireError(400, "text.format needs a schema");
     default:
