@@ -81,7 +81,7 @@ export function readOptions(stored: Fields, asked: Fields): Options {
 function checked(fields: Fields): Values {
   const values: Partial<Record<OptionName, number | readonly string[] | boolean>> = {};
   for (const [key, value] of Object.entries(fields)) {
-    if (value === null || !Object.hasOwn(optionTypes, key)) continue;
+    if (value === null || value === undefined || !Object.hasOwn(optionTypes, key)) continue;
     const name = key as OptionName;
     values[name] = optionValue(name, value);
   }
