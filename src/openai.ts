@@ -93,6 +93,8 @@ export type V1Prepared =
       readonly route: string;
       readonly body: object;
       readonly prepared: Prepared | null;
+      /** null: the engine will count. */
+      readonly promptTokens: number | null;
     }
   | { readonly kind: "answer"; readonly reply: object };
 
@@ -136,18 +138,20 @@ export function* prepareV1(work: V1Work, model: ServedModel): Steps<V1Prepared> 
   switch (work.kind) {
     case "generate": {
       const prepared = yield* prepare(work.work, model);
-      return { kind: "run", route: prepared.route, body: prepared.body, prepared };
+      const { route, body, promptTokens } = prepared;
+      return { kind: "run", route, body, prepared, promptTokens };
     }
     case "embed":
       return { kind: "answer", reply: embeddingReply(work, yield* vectorsOf(work.work, model)) };
-    case "pass":
-      if (work.endpoint === "messages") yield* checkLength(work.call.body, model);
-      return { kind: "run", ...work.call, prepared: null };
+    case "pass": {
+      const promptTokens = work.endpoint === "messages" ? yield* checkLength(work.call.body, model) : null;
+      return { kind: "run", ...work.call, prepared: null, promptTokens };
+    }
   }
 }
 
 /** Messages can be counted beforehand; responses are by the engine, before their first event. */
-function* checkLength(body: object, model: ServedModel): Steps<void> {
+function* checkLength(body: object, model: ServedModel): Steps<number> {
   const answer = yield { route: "POST /v1/messages/count_tokens", body };
   const { input_tokens: tokens } = answer as { readonly input_tokens: number };
   if (tokens >= model.contextTokens) {
@@ -156,6 +160,7 @@ function* checkLength(body: object, model: ServedModel): Steps<void> {
       `request (${tokens} tokens) exceeds the available context size (${model.contextTokens} tokens), try increasing it`,
     );
   }
+  return tokens;
 }
 
 // ---- chat and completions -------------------------------------------------------------------------------------
@@ -500,6 +505,7 @@ export function v1ReplyFor(work: V1Work, context: V1Context): V1Reply {
 }
 
 const asItIs: EventMender = {
+  begin() {},
   mend: ({ name = "", data }) => [{ name, data: data as object }],
   mendWhole: (data) => data,
 };
@@ -529,6 +535,7 @@ class PassReply implements V1Reply {
 
   begin(prepared: V1Prepared): void {
     if (prepared.kind === "answer") this.#whole = prepared.reply;
+    else this.#mender.begin(prepared.promptTokens);
   }
 
   onChunk(chunk: EngineChunk): string {

@@ -279,6 +279,8 @@ function responseFormat(reader: Reader): object {
 
 /** What the core's events become. */
 export interface EventMender {
+  /** How long the prompt is, where it was counted. */
+  begin(promptTokens: number | null): void;
   /** The events that one event becomes: itself, mended, and what was missing before it. */
   mend(chunk: EngineChunk): readonly { readonly name: string; readonly data: object }[];
   /** The one object of a reply that does not stream. */
@@ -295,20 +297,46 @@ export interface MenderContext {
 
 type Json = Readonly<Record<string, unknown>>;
 
-/** Messages: the name as asked, an id of this dialect's, and an input where a call has none yet. */
+/**
+ * Messages: the name as asked, an id of this dialect's, an input where a call has none yet. The core begins a message
+ * with its first token, and not at all when that is no whole character yet: the beginning is made up for here.
+ */
 export function messagesMender(context: MenderContext): EventMender {
   const id = `msg_${context.newId()}${context.newId()}${context.newId()}`;
+  let promptTokens = 0;
+  let hasBegun = false;
+  const start = () => ({
+    name: "message_start",
+    data: {
+      type: "message_start",
+      message: {
+        id,
+        type: "message",
+        role: "assistant",
+        content: [],
+        model: context.asked,
+        stop_reason: null,
+        stop_sequence: null,
+        usage: { input_tokens: promptTokens, output_tokens: 0 },
+      },
+    },
+  });
   return {
+    begin(tokens) {
+      promptTokens = tokens ?? 0;
+    },
     mend({ name = "", data }) {
       const event = data as Json;
       const { message, content_block: block } = event;
+      const missing = hasBegun || isObject(message) ? [] : [start()];
+      hasBegun = true;
       if (isObject(message)) {
         return [{ name, data: { ...event, message: { ...message, id, model: context.asked } } }];
       }
       if (isObject(block) && block["type"] === "tool_use") {
-        return [{ name, data: { ...event, content_block: { ...block, input: {} } } }];
+        return [...missing, { name, data: { ...event, content_block: { ...block, input: {} } } }];
       }
-      return [{ name, data: event }];
+      return [...missing, { name, data: event }];
     },
     mendWhole: (data) => ({ ...data, id, model: context.asked }),
   };
@@ -317,6 +345,7 @@ export function messagesMender(context: MenderContext): EventMender {
 /** Responses: numbers and places on every event, and the whole object where the client starts from it. */
 export function responsesMender(context: MenderContext): EventMender {
   const places = new Map<string, number>();
+  const begun = new Set<unknown>();
   let number = 0;
   const response = (said: unknown): object => ({
     created_at: context.nowUnixSeconds,
@@ -349,9 +378,15 @@ export function responsesMender(context: MenderContext): EventMender {
     data: { ...event, sequence_number: number++ },
   });
   return {
+    begin() {},
     mend({ data }) {
       const event = placed(data as Json);
-      const { item, part } = event;
+      const { item, part, type } = event;
+      // The core says these again and again when the first token was no whole character.
+      if (type === "response.created" || type === "response.in_progress") {
+        if (begun.has(type)) return [];
+        begun.add(type);
+      }
       if (isObject(event["response"])) {
         const mended = response(event["response"]);
         const isCut =
