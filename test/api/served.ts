@@ -34,7 +34,7 @@ export interface TestServer {
   readonly models: readonly LibraryModel[];
   /** What it logged, a line each. */
   readonly log: readonly string[];
-  /** Ends it; idempotent, and done after the tests in any case. */
+  /** Ends it; idempotent. */
   stop(graceMs?: number): Promise<void>;
 }
 
@@ -45,6 +45,14 @@ export interface TestServerOptions extends Partial<Omit<KeeperOptions, "log">> {
   readonly hostname?: string;
   readonly heartbeatMs?: number;
   readonly storePath?: string;
+}
+
+const started = new Set<() => Promise<void>>();
+
+/** Ends every server of a test file; for its afterAll, which counts only at the file's top. */
+export async function stopServers(): Promise<void> {
+  await Promise.all([...started].map((stop) => stop()));
+  started.clear();
 }
 
 export function startServer(words: readonly string[], options: TestServerOptions = {}): TestServer {
@@ -78,7 +86,7 @@ export function startServer(words: readonly string[], options: TestServerOptions
     stopped ??= server.stop(graceMs);
     return stopped;
   };
-  afterAll(() => stop());
+  started.add(stop);
   return { url: `http://127.0.0.1:${server.port}`, keeper, models, log, stop };
 }
 

@@ -1,7 +1,7 @@
 // The server over a real socket and a real engine: answers, the line before them, clients that leave, models that
 // take turns, engines that are killed or slow, and its end.
 
-import { beforeAll, describe, expect, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { connect } from "node:net";
 import { openChildEngine } from "../../src/child";
 import { openEngine } from "../../src/engine";
@@ -15,6 +15,7 @@ import {
   post,
   scratchFolder,
   startServer,
+  stopServers,
   type TestServer,
   testModels,
   textOf,
@@ -22,6 +23,8 @@ import {
 
 const folder = scratchFolder();
 let files: { readonly endless: string; readonly experts: string } = { endless: "", experts: "" };
+
+afterAll(stopServers);
 
 beforeAll(async () => {
   files = await testModels(folder);
