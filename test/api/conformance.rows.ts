@@ -1167,8 +1167,18 @@ const semantics: readonly Row[] = [
     },
   },
   {
+    // Whole characters only: the core has no entry for a token that is half of one.
     line: "5.5 logprobs: one entry a token",
-    ask: ["POST", "/api/chat", { ...chat, logprobs: true, options: { num_predict: 10, temperature: 0 } }],
+    ask: [
+      "POST",
+      "/api/chat",
+      {
+        ...chat,
+        logprobs: true,
+        format: { type: "array", items: { type: "integer" }, minItems: 30 },
+        options: { num_predict: 10, temperature: 0 },
+      },
+    ],
     holds: ({ lines }) => {
       const entries = lines.flatMap((line) => line.logprobs ?? []);
       return (
