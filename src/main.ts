@@ -9,6 +9,9 @@ import { print, stderr, tell } from "./cli/terminal";
 import { type ErrorCode, exitStatus, HypuraError } from "./errors";
 import { nearest, oneLine } from "./text";
 
+/** What `serve` starts its engines with (child.ts); no command of a person's, so it is in no list. */
+const engineCommand = "__engine";
+
 interface Entry {
   readonly summary: string;
   readonly load: () => Promise<Command>;
@@ -18,6 +21,10 @@ const commands: Readonly<Record<string, Entry>> = {
   run: {
     summary: "Answer a prompt, or chat, with a model",
     load: async () => (await import("./cli/run")).runCommand,
+  },
+  serve: {
+    summary: "Serve models to everything that speaks Ollama, OpenAI or Anthropic",
+    load: async () => (await import("./cli/serve")).serveCommand,
   },
   inspect: {
     summary: "Show what a model file holds and how it would run here",
@@ -50,7 +57,11 @@ function setUpMessages(): void {
 /** Runs the command line of this process and ends it. */
 export async function main(): Promise<never> {
   setUpMessages();
-  process.exit(await run(process.argv.slice(2)));
+  const argv = process.argv.slice(2);
+  if (argv[0] === engineCommand) {
+    return (await import("./child")).runEngineChild();
+  }
+  process.exit(await run(argv));
 }
 
 async function run(argv: readonly string[]): Promise<number> {
@@ -69,8 +80,8 @@ async function dispatch(argv: readonly string[]): Promise<void> {
     return;
   }
   const name = first === "--version" || first === "-v" ? "version" : first;
-  const { definition } = await find(name);
-  const { help, words } = readCommandLine(name, (definition.args ?? {}) as ArgsDef, rest);
+  const { definition, takesMany } = await find(name);
+  const { help, words } = readCommandLine(name, (definition.args ?? {}) as ArgsDef, rest, takesMany);
   if (help) {
     await print(`${await helpPage(name)}\n`);
     return;

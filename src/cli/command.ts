@@ -14,15 +14,21 @@ export interface Command {
   readonly examples: readonly string[];
   /** What else `--help` says. */
   readonly notes: readonly string[];
+  /** The last positional may be given more than once; `positionalsOf` has them all. */
+  readonly takesMany: boolean;
 }
 
 /** citty infers a type for every flag; a table of commands needs one type for all. */
 export function command<Args extends ArgsDef>(
   definition: CommandDef<Args>,
-  help: { readonly examples: readonly string[]; readonly notes?: readonly string[] },
+  help: {
+    readonly examples: readonly string[];
+    readonly notes?: readonly string[];
+    readonly takesMany?: boolean;
+  },
 ): Command {
-  const { examples, notes = [] } = help;
-  return { definition: definition as unknown as CommandDef<ArgsDef>, examples, notes };
+  const { examples, notes = [], takesMany = false } = help;
+  return { definition: definition as unknown as CommandDef<ArgsDef>, examples, notes, takesMany };
 }
 
 export interface CommandLine {
@@ -33,7 +39,12 @@ export interface CommandLine {
 }
 
 /** Checks the words after a command's name. Throws `usage` with the first mistake. */
-export function readCommandLine(name: string, args: ArgsDef, argv: readonly string[]): CommandLine {
+export function readCommandLine(
+  name: string,
+  args: ArgsDef,
+  argv: readonly string[],
+  takesMany = false,
+): CommandLine {
   const flags = flagTable(args);
   const words: string[] = [];
   const positionals: string[] = [];
@@ -67,7 +78,7 @@ export function readCommandLine(name: string, args: ArgsDef, argv: readonly stri
       words.push(`--${flag.name}=${value ?? argv[++i]}`);
     }
   }
-  const mistake = mistakes[0] ?? wrongPositionals(name, args, positionals);
+  const mistake = mistakes[0] ?? wrongPositionals(name, args, positionals, takesMany);
   if (mistake !== null) {
     throw new HypuraError("usage", mistake);
   }
@@ -106,14 +117,19 @@ function unknownFlag(name: string, word: string, known: readonly string[]): stri
   return `hypura ${name} has no option ${JSON.stringify(word)}: ${hint}`;
 }
 
-function wrongPositionals(name: string, args: ArgsDef, given: readonly string[]): string | null {
+function wrongPositionals(
+  name: string,
+  args: ArgsDef,
+  given: readonly string[],
+  takesMany: boolean,
+): string | null {
   const wanted = Object.entries(args).filter(([, arg]) => arg.type === "positional");
   const [missing] = wanted.slice(given.length).find(([, arg]) => arg.required === true) ?? [];
   if (missing !== undefined) {
     return `hypura ${name} needs a ${missing.toUpperCase()}: see \`hypura help ${name}\``;
   }
   const extra = given[wanted.length];
-  if (extra === undefined) {
+  if (extra === undefined || takesMany) {
     return null;
   }
   const hint =
@@ -163,6 +179,11 @@ export function bytesFlag(name: string, text: string | undefined): number | unde
 export function repeatedFlag(name: string, words: readonly string[]): readonly string[] {
   const flags = words.slice(0, words.indexOf("--"));
   return flags.filter((word) => word.startsWith(`--${name}=`)).map((word) => word.slice(name.length + 3));
+}
+
+/** Every positional, out of `CommandLine.words`. */
+export function positionalsOf(words: readonly string[]): readonly string[] {
+  return words.slice(words.indexOf("--") + 1);
 }
 
 /** What may be asked of a plan; the same words in every command that makes one. */

@@ -76,7 +76,16 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   ["src/plan", []],
   ["src/text", []],
   ["src/errors", []],
-  ["src/ollama", []],
+  ["src/ollama-model", []],
+  ["src/ollama-options", []],
+  ["src/ollama-request", []],
+  ["src/ollama-prepare", []],
+  ["src/ollama-reply", []],
+  ["src/answer-parts", []],
+  ["src/openai", []],
+  ["src/v1-pass", []],
+  ["src/wire-body", []],
+  ["src/wire-error", []],
   ["src/generate", ["src/engine"]],
 ]);
 
