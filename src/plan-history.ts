@@ -38,6 +38,37 @@ export function modelKeyOf(model: Model): string {
   return `${model.architecture}-${model.tensorBytes}-${hash.toString(16).padStart(8, "0")}`;
 }
 
+/** What a run of a plan did. */
+export interface RunFigures {
+  /** ISO 8601. */
+  readonly at: string;
+  readonly decodeTokens: number;
+  readonly decodeSeconds: number;
+  /** Hits of the streaming counters in those tokens, 0 to 1; null where nothing streamed. */
+  readonly hitRate: number | null;
+}
+
+/** The run as it is kept; null where it cannot be compared with another: the machine was not measured. */
+export function measuredRun(facts: PlanFacts, estimate: Estimate, figures: RunFigures): MeasuredRun | null {
+  const { machineKey, model, threads, poolShare, streams } = facts;
+  if (machineKey === null || !(figures.decodeTokens > 0) || !(figures.decodeSeconds > 0)) {
+    return null;
+  }
+  return {
+    version: 1,
+    ...figures,
+    // A ring hits by its share and nothing is learned from it.
+    hitRate: model.kind === "mixture-of-experts" ? figures.hitRate : null,
+    machineKey,
+    modelKey: modelKeyOf(model),
+    streams,
+    threads,
+    poolShare,
+    layerCount: model.layerCount,
+    modelSeconds: estimate.modelSeconds,
+  };
+}
+
 /** Fewer tokens say little: the first ones are slow, and a pause weighs much. */
 const leastTokens = 8;
 

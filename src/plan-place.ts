@@ -437,11 +437,19 @@ function spread<Item>(items: readonly Item[], count: number): ReadonlySet<Item> 
   );
 }
 
+/** A group of the processor's side that the pool holds whole is resident without a pool, in fewer bytes. */
+function settled(group: Group, share: Share): Share {
+  const streamed = streamedSets(group, share);
+  const isWhole = share.slotCount >= streamed * group.strideCount;
+  return isWhole && streamed === group.ramSets.length ? { ...share, ramResident: true, slotCount: 0 } : share;
+}
+
 function placementOf(groups: readonly Group[], shares: readonly Share[], task: PlaceTask): Placement {
   const tiers: ("gpu" | "ram" | "nvme")[] = [...task.homes];
   const classes: PlacedClass[] = [];
   for (const [index, group] of groups.entries()) {
-    const share = shares[index] as Share;
+    const given = shares[index] as Share;
+    const share = task.mustStream ? given : settled(group, given);
     const onGpu = spread(group.gpuSets, share.gpuCount);
     const sets = [...group.ramSets, ...group.gpuSets].filter(
       (set) => !onGpu.has(set) && !(share.ramResident && group.ramSets.includes(set)),

@@ -22,12 +22,20 @@ import {
   secondsOfToken,
   speedsOf,
 } from "./plan-cost";
-import { adjust, hitCurveOf, type MeasuredRun } from "./plan-history";
+import {
+  adjust,
+  hitCurveOf,
+  type MeasuredRun,
+  measuredRun,
+  type PlanFacts,
+  type RunFigures,
+} from "./plan-history";
 import {
   allGpuLayers,
   copiedOutputBytes,
   type GpuMemoryUse,
   isOnGpu,
+  kvTypes,
   type MemoryUse,
   memoryOf,
   type ReaderShape,
@@ -51,8 +59,8 @@ import {
 import { bandwidthText, bytesText, countText } from "./text";
 
 export type { Estimate, HitCurve } from "./plan-cost";
-export type { MeasuredRun } from "./plan-history";
-export type { GpuMemoryUse, MemoryUse } from "./plan-memory";
+export type { MeasuredRun, RunFigures } from "./plan-history";
+export { type GpuMemoryUse, kvTypes, type MemoryUse } from "./plan-memory";
 
 export type Tier = "gpu" | "ram" | "nvme";
 /**
@@ -219,8 +227,6 @@ const residentPollPercent = 50;
 const usualContextTokens = 4096;
 /** What common.h and llama.cpp's server use: another type changes the answer. */
 const usualKvType = "f16";
-/** What kv_type of ffi/native/engine.cpp knows. */
-export const kvTypes = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"] as const;
 /** What llama.cpp leaves free on each device when it fits a model itself (fit_params_target of common.h). */
 const gpuMarginBytes = 1_073_741_824;
 
@@ -578,23 +584,52 @@ function commonPart(task: Task, placement: Placement, { context, sides, ubatchTo
   } as const;
   const estimate = adjust(
     estimateOf(facts, task.speeds),
-    {
-      machineKey: task.machine.profile?.fingerprint ?? null,
-      model,
-      threads,
-      poolShare: poolShareOf(placement),
-      streams: placement.classes.length > 0,
-    },
+    historyFacts(model, task.machine, threads, poolShareOf(placement.classes)),
     task.knowledge.history ?? [],
   );
   return { ...part, estimate };
 }
 
-/** Of the streamed strides, the share that the pool holds; null where nothing streams. */
-function poolShareOf({ classes }: Placement): number | null {
-  const sum = (pick: (one: PlacedClass) => number): number =>
+function historyFacts(model: Model, machine: Machine, threads: number, poolShare: number | null): PlanFacts {
+  const machineKey = machine.profile?.fingerprint ?? null;
+  return { machineKey, model, threads, poolShare, streams: poolShare !== null };
+}
+
+/** Of the streamed bytes, the share that the pool holds; null where nothing streams. */
+function poolShareOf(
+  classes: readonly {
+    readonly strideBytes: number;
+    readonly strideCount: number;
+    readonly slotCount: number;
+  }[],
+): number | null {
+  const sum = (pick: (one: (typeof classes)[number]) => number): number =>
     classes.reduce((all, one) => all + pick(one) * one.strideBytes, 0);
   return classes.length === 0 ? null : sum((one) => one.slotCount) / sum((one) => one.strideCount);
+}
+
+/** What a run of this plan did, to be kept for the next plan; null where there is nothing to compare it with. */
+export function runOf(
+  plan: Plan,
+  subject: Pick<ModelFiles, "model">,
+  machine: Machine,
+  figures: RunFigures,
+): MeasuredRun | null {
+  const { streaming } = plan;
+  const share =
+    streaming === null
+      ? null
+      : poolShareOf(
+          streaming.classes.map((one, classIndex) => ({
+            ...one,
+            strideCount: streaming.tensors.reduce(
+              (sum, set) => sum + (set.classIndex === classIndex ? set.strideCount : 0),
+              0,
+            ),
+          })),
+        );
+  const facts = historyFacts(subject.model, machine, plan.decodeThreads, share);
+  return measuredRun(facts, plan.estimate, figures);
 }
 
 function factsOf(task: Task, placement: Placement, ubatchTokens: number): CostFacts {

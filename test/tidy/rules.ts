@@ -77,6 +77,7 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   ["src/plan-memory", []],
   ["src/plan-cost", []],
   ["src/plan-history", []],
+  ["src/plan-json", []],
   // A simplex is a pure function too.
   ["src/plan-place", ["yalps"]],
   ["src/text", []],

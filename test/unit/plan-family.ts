@@ -1,10 +1,17 @@
 // Models and machines of real shapes, as values: headers without weights and figures without hardware. Shared by the
 // tests of the planner; the sizes are those of the published files within a percent or two.
 
+import { truncateSync, writeFileSync } from "node:fs";
 import { parseGguf } from "../../src/gguf";
 import type { Device, Machine, MachineProfile } from "../../src/machine";
 import { describeModel, type Model } from "../../src/model";
-import { headerBytes, type Metadata, type TensorSpec, tensorBytes } from "../fixtures/gguf-writer";
+import {
+  type GgufSpec,
+  headerBytes,
+  type Metadata,
+  type TensorSpec,
+  tensorBytes,
+} from "../fixtures/gguf-writer";
 import { key } from "../fixtures/tiny";
 
 // ---- models -------------------------------------------------------------------------------------------------------
@@ -51,7 +58,8 @@ function isBetter(layer: number, layers: number): boolean {
   return layer < layers / 8 || layer >= (7 * layers) / 8 || (layer - Math.floor(layers / 8)) % 3 === 2;
 }
 
-export function describeShape(size: Dimensions): Model {
+/** A file of this shape, without weights. */
+export function shapeSpec(size: Dimensions): GgufSpec {
   const mix = size.mix ?? q4km;
   const head = size.headLength ?? size.embd / size.heads;
   const isMla = size.attention === "mla";
@@ -87,16 +95,31 @@ export function describeShape(size: Dimensions): Model {
   if (size.tied !== true) {
     tensors.push(tensor("output.weight", [size.embd, size.vocab], mix.output));
   }
-  const header = headerBytes({ metadata, tensors });
-  const dataBytes = tensors.reduce((sum, one) => sum + Math.ceil(tensorBytes(one) / 32) * 32, 0);
+  return { metadata, tensors };
+}
+
+function fileBytes(spec: GgufSpec): number {
+  return spec.tensors.reduce((sum, one) => sum + Math.ceil(tensorBytes(one) / 32) * 32, 0);
+}
+
+export function describeShape(size: Dimensions): Model {
+  const spec = shapeSpec(size);
+  const header = headerBytes(spec);
   const read = (offset: number, length: number): Uint8Array => {
     const out = new Uint8Array(length);
     out.set(header.subarray(offset, offset + length));
     return out;
   };
-  return describeModel(
-    parseGguf([{ name: "m.gguf", source: { sizeBytes: header.length + dataBytes, read } }]),
-  );
+  const sizeBytes = header.length + fileBytes(spec);
+  return describeModel(parseGguf([{ name: "m.gguf", source: { sizeBytes, read } }]));
+}
+
+/** The header, and as many bytes after it as the weights would take, which take no room on the disk. */
+export function writeHollow(path: string, size: Dimensions): void {
+  const spec = shapeSpec(size);
+  const header = headerBytes(spec);
+  writeFileSync(path, header);
+  truncateSync(path, header.length + fileBytes(spec));
 }
 
 function layerTensors(layer: number, size: Dimensions, mix: Mix, head: number): TensorSpec[] {
