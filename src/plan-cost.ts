@@ -341,8 +341,10 @@ export function secondsOfToken(facts: CostFacts, speeds: Speeds): Seconds | null
   for (const layer of streams.experts) {
     chain += expertSeconds(layer, facts, storage);
   }
-  const { read } = bytesOfToken(facts);
-  return { total: Math.max(chain, dense), compute, read: read / storage.bestBytesPerSecond };
+  const read = bytesOfToken(facts).read / storage.bestBytesPerSecond;
+  // Beside experts, whose reads go first, nothing is counted as read ahead: it was not measured.
+  const total = streams.experts.length > 0 ? chain + dense : Math.max(chain, dense);
+  return { total: Math.max(total, read), compute, read };
 }
 
 /** Seconds of one micro-batch of a prompt; null as above. */

@@ -166,25 +166,38 @@ function readBytes(group: Group, share: Share, curve: HitCurve): number {
     : streamed * touchedBytes(group) * (1 - hitRateAt(curve, share.slotCount / strides));
 }
 
-/** Straight sums, with reading of a group hidden behind its computing or the other way round. */
-function roughSeconds(groups: readonly Group[], shares: readonly Share[], task: PlaceTask): number {
-  let resident = 0;
-  let streamed = 0;
-  let read = 0;
+/**
+ * Straight sums of what plan-cost.ts says: missing experts are read while the others of their layer are computed; missing
+ * matrices of a dense model while anything is, those beside experts never.
+ */
+export function roughSeconds(groups: readonly Group[], shares: readonly Share[], task: PlaceTask): number {
+  const compute = { any: 0, experts: 0 };
+  const read = { dense: 0, expert: 0 };
   for (const [index, group] of groups.entries()) {
     const share = shares[index] as Share;
     const count = group.gpuSets.length + group.ramSets.length;
     const streaming = streamedSets(group, share);
     const each = touchedBytes(group);
-    resident += task.seconds.gpu(group.typeName, share.gpuCount * each);
-    resident += task.seconds.ram(group.typeName, (count - share.gpuCount - streaming) * each);
-    streamed += task.seconds.ram(group.typeName, streaming * each);
-    read += task.seconds.read(readBytes(group, share, task.curve));
+    const overlaps = group.kind === "expert" ? streaming : 0;
+    compute.any += task.seconds.gpu(group.typeName, share.gpuCount * each);
+    compute.any += task.seconds.ram(group.typeName, (count - share.gpuCount - overlaps) * each);
+    compute.experts += task.seconds.ram(group.typeName, overlaps * each);
+    read[group.kind] += task.seconds.read(readBytes(group, share, task.curve));
   }
-  return resident + Math.max(streamed, read) + 1e-3 * (streamed + read);
+  const ties = tieWeight * (read.dense + read.expert);
+  return hasExperts(groups)
+    ? compute.any + read.dense + Math.max(compute.experts, read.expert) + ties
+    : Math.max(compute.any, read.dense) + ties;
 }
 
-function takenBytes(groups: readonly Group[], shares: readonly Share[]): { ram: number; gpu: number } {
+function hasExperts(groups: readonly Group[]): boolean {
+  return groups.some((group) => group.kind === "expert");
+}
+
+/** What is not the bottleneck counts a little, so that of two equal placements the one that reads less is taken. */
+const tieWeight = 1e-3;
+
+export function takenBytes(groups: readonly Group[], shares: readonly Share[]): { ram: number; gpu: number } {
   let ram = 0;
   let gpu = 0;
   for (const [index, group] of groups.entries()) {
@@ -289,20 +302,25 @@ export interface Program {
 const curveSteps = [0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1] as const;
 
 /**
- * Columns of a group g: x tensors resident on the GPU; y 1 if those of the processor's side are; z 1 if any stream; n
- * slots; r bytes read a token. One more for all: t, seconds of the streamed part. Bytes count in GB, so that the figures
- * of a simplex stay near one another.
+ * Columns of a group g: x tensors resident on the GPU; y 1 if those of the processor's side are; z 1 if any stream; w 1
+ * if the pool holds all that stream; n slots; r bytes read a token. Two more for all: e, seconds of the streamed experts, and t, seconds of a token. Bytes
+ * count in thousandths of all that can stream, seconds in what reading one of them takes, so that the figures of a
+ * simplex stay near one another.
  *
- *   minimise  t + seconds of resident parts + a little of both sides of t (so that ties take less)
- *   t >= computing of what streams;  t >= reading
+ *   minimise  t + a little of the reading (so that ties take less)
+ *   e >= computing of streamed experts;  e >= their reading
+ *   t >= computing of all else + e + reading of dense matrices         where there are experts
+ *   t >= computing;  t >= reading                                      where there are none
  *   slots and resident tensors fit the ram, the GPU and, on unified memory, both together
  *   all of a group that is not resident streams:    x + R y + N z >= N
- *   slots:         least z <= n <= E (N - x - R y)
- *   read, dense:   r >= s ((N - x - R y) - n + ring z)
+ *   slots:         least (z - w) <= n <= E (N - x - R y)
+ *   held whole:    n >= E (N - x - R y) - E N (1 - w)
+ *   read, dense:   r >= s ((N - x - R y) - n + ring (z - w))
  *   read, experts: r >= k s (a (N - x - R y) - b n / E) for each straight part 1 - hits = a - b share
  */
 export function programOf(groups: readonly Group[], task: PlaceTask): Program {
-  const giga = 1e9;
+  const all = groups.reduce((sum, one) => sum + (one.gpuSets.length + one.ramSets.length) * setBytes(one), 0);
+  const unit = all / 1000;
   const rows = new Map<string, Constraint>();
   const columns = new Map<string, Map<string, number>>();
   const integers = new Set<string>();
@@ -311,30 +329,41 @@ export function programOf(groups: readonly Group[], task: PlaceTask): Program {
     cells.set(row, (cells.get(row) ?? 0) + value);
     columns.set(column, cells);
   };
-  const { room, seconds, curve } = task;
-  rows.set("ram", { max: room.ramBytes / giga });
-  rows.set("gpu", { max: room.gpuBytes / giga });
-  if (room.totalBytes !== null) rows.set("all", { max: room.totalBytes / giga });
-  let computeAll = 0;
+  const { room, curve } = task;
+  const tick = task.seconds.read(unit);
+  const seconds = {
+    gpu: (typeName: string, bytes: number): number => task.seconds.gpu(typeName, bytes) / tick,
+    ram: (typeName: string, bytes: number): number => task.seconds.ram(typeName, bytes) / tick,
+    read: (bytes: number): number => task.seconds.read(bytes) / tick,
+  };
+  rows.set("ram", { max: room.ramBytes / unit });
+  rows.set("gpu", { max: room.gpuBytes / unit });
+  if (room.totalBytes !== null) rows.set("all", { max: room.totalBytes / unit });
+  let allSeconds = 0;
+  let expertSeconds = 0;
   put("t", "cost", 1);
-  put("t", "computing", 1);
+  put("t", "chain", 1);
   put("t", "reading", 1);
+  put("e", "chain", -1);
+  put("e", "experts", 1);
+  put("e", "reading of experts", 1);
   rows.set("reading", { min: 0 });
+  rows.set("reading of experts", { min: 0 });
   for (const [g, group] of groups.entries()) {
     const count = group.gpuSets.length + group.ramSets.length;
     const onRam = group.ramSets.length;
-    const [x, y, z, n, r] = [`x${g}`, `y${g}`, `z${g}`, `n${g}`, `r${g}`];
-    for (const whole of [x, y, z]) integers.add(whole);
+    const [x, y, z, w, n, r] = [`x${g}`, `y${g}`, `z${g}`, `w${g}`, `n${g}`, `r${g}`];
+    for (const whole of [x, y, z, w]) integers.add(whole);
     const ramSeconds = seconds.ram(group.typeName, touchedBytes(group));
-    const bytes = setBytes(group) / giga;
+    const bytes = setBytes(group) / unit;
     put(x, "gpu", bytes);
     put(y, "ram", bytes * onRam);
-    put(n, "ram", group.slotBytes / giga);
+    put(n, "ram", group.slotBytes / unit);
     if (room.totalBytes !== null) {
       for (const [column, value] of [
         [x, bytes],
         [y, bytes * onRam],
-        [n, group.slotBytes / giga],
+        [n, group.slotBytes / unit],
       ] as const) {
         put(column, "all", value);
       }
@@ -352,29 +381,45 @@ export function programOf(groups: readonly Group[], task: PlaceTask): Program {
     rows.set(`least ${g}`, { min: 0 });
     put(n, `least ${g}`, 1);
     put(z, `least ${g}`, -leastSlots(group, count));
+    put(w, `least ${g}`, leastSlots(group, count));
+    rows.set(`w${g} most`, { max: 1 });
+    put(w, `w${g} most`, 1);
+    rows.set(`whole ${g}`, { min: 0 });
+    put(n, `whole ${g}`, 1);
+    put(x, `whole ${g}`, group.strideCount);
+    put(y, `whole ${g}`, group.strideCount * onRam);
+    put(w, `whole ${g}`, -group.strideCount * count);
     rows.set(`most ${g}`, { max: count * group.strideCount });
     put(n, `most ${g}`, 1);
     put(x, `most ${g}`, group.strideCount);
     put(y, `most ${g}`, group.strideCount * onRam);
-    // Computing: what streams is behind t, what is resident is not.
-    computeAll += count * ramSeconds;
-    put(x, "computing", ramSeconds);
-    put(y, "computing", onRam * ramSeconds);
-    put(x, "cost", seconds.gpu(group.typeName, touchedBytes(group)) - 1e-3 * ramSeconds);
-    put(y, "cost", onRam * ramSeconds * (1 - 1e-3));
-    put(r, "reading", -seconds.read(giga));
-    put(r, "cost", 1e-3 * seconds.read(giga));
+    const gpuSeconds = seconds.gpu(group.typeName, touchedBytes(group));
+    if (group.kind === "expert") {
+      // What streams is behind e: resident ones leave it for the chain.
+      expertSeconds += count * ramSeconds;
+      put(x, "experts", ramSeconds);
+      put(y, "experts", onRam * ramSeconds);
+      put(x, "chain", -gpuSeconds);
+      put(y, "chain", -onRam * ramSeconds);
+      put(r, "reading of experts", -seconds.read(unit));
+    } else {
+      allSeconds += count * ramSeconds;
+      put(x, "chain", ramSeconds - gpuSeconds);
+    }
+    if (group.kind === "dense") put(r, hasExperts(groups) ? "chain" : "reading", -seconds.read(unit));
+    put(r, "cost", tieWeight * seconds.read(unit));
     if (group.kind === "dense") {
-      const stride = group.strideBytes / giga;
+      const stride = group.strideBytes / unit;
       rows.set(`read ${g}`, { min: stride * count });
       put(r, `read ${g}`, 1);
       put(x, `read ${g}`, stride);
       put(y, `read ${g}`, stride * onRam);
       put(n, `read ${g}`, stride);
       put(z, `read ${g}`, -stride * ringSlots);
+      put(w, `read ${g}`, stride * ringSlots);
       continue;
     }
-    const each = touchedBytes(group) / giga;
+    const each = touchedBytes(group) / unit;
     for (let step = 1; step < curveSteps.length; step++) {
       const from = curveSteps[step - 1] as number;
       const to = curveSteps[step] as number;
@@ -388,14 +433,15 @@ export function programOf(groups: readonly Group[], task: PlaceTask): Program {
       put(n, row, (each * slope) / group.strideCount);
     }
   }
-  rows.set("computing", { min: computeAll });
+  rows.set("chain", { min: allSeconds });
+  rows.set("experts", { min: expertSeconds });
   return { rows, columns, integers };
 }
 
 /** The values of the columns; null where there is no solution, or none was found in time. */
 export type ProgramSolver = (program: Program) => ReadonlyMap<string, number> | null;
 
-const yalps: ProgramSolver = ({ rows, columns, integers }) => {
+export const yalps: ProgramSolver = ({ rows, columns, integers }) => {
   const variables = [...columns].map(([name, cells]) => [name, cells as Coefficients<string>] as const);
   const solution = solve(
     { direction: "minimize", objective: "cost", constraints: rows, variables, integers },
@@ -426,6 +472,121 @@ function sharesOf(
   return [...(fits(groups, chosen, room) ? [chosen] : []), ...(even === null ? [] : [even])];
 }
 
+// ---- the last step ------------------------------------------------------------------------------------------------
+
+/** Rounds of small changes; each takes some thousand cheap sums at most. */
+const mostRounds = 24;
+
+/**
+ * Small changes to an answer as long as one shortens a token: a tensor more or less on the GPU, one for another, the
+ * processor's side of a group resident or not, slots from one group to another. The program rounds and takes curves as
+ * straight lines; on models of few tensors that is worth some percent.
+ */
+function improved(groups: readonly Group[], start: readonly Share[], task: PlaceTask): readonly Share[] {
+  let current = withSlotsMoved(groups, start, task);
+  let cost = roughSeconds(groups, current, task);
+  for (let round = 0; round < mostRounds; round++) {
+    let best: readonly Share[] | null = null;
+    for (const change of changesOf(groups, current)) {
+      const filled = withSlots(groups, change, task.room);
+      if (filled === null) continue;
+      const tried = withSlotsMoved(groups, filled, task);
+      const seconds = roughSeconds(groups, tried, task);
+      if (seconds < cost * (1 - 1e-9)) {
+        best = tried;
+        cost = seconds;
+      }
+    }
+    if (best === null) break;
+    current = best;
+  }
+  return current;
+}
+
+/** All answers one change away. */
+function changesOf(groups: readonly Group[], shares: readonly Share[]): readonly (readonly Share[])[] {
+  const changed = (...changes: readonly (readonly [number, Partial<Share>])[]): readonly Share[] =>
+    shares.map((share, i) => ({ ...share, ...changes.find(([index]) => index === i)?.[1] }));
+  const changes: (readonly Share[])[] = [];
+  for (const [a, group] of groups.entries()) {
+    const { gpuCount, ramResident } = shares[a] as Share;
+    if (group.ramSets.length > 0) changes.push(changed([a, { ramResident: !ramResident }]));
+    if (gpuCount < group.gpuSets.length) changes.push(changed([a, { gpuCount: gpuCount + 1 }]));
+    if (gpuCount === 0) continue;
+    changes.push(changed([a, { gpuCount: gpuCount - 1 }]));
+    for (const [b, other] of groups.entries()) {
+      const { gpuCount: otherCount } = shares[b] as Share;
+      if (b !== a && otherCount < other.gpuSets.length) {
+        changes.push(changed([a, { gpuCount: gpuCount - 1 }], [b, { gpuCount: otherCount + 1 }]));
+      }
+    }
+  }
+  return changes;
+}
+
+/** The same residents with slots moved between groups, and free bytes used, as long as it helps. */
+function withSlotsMoved(
+  groups: readonly Group[],
+  start: readonly Share[],
+  task: PlaceTask,
+): readonly Share[] {
+  let current = start;
+  let cost = roughSeconds(groups, current, task);
+  for (let round = 0; round < mostRounds; round++) {
+    let best: readonly Share[] | null = null;
+    for (const to of groups.keys()) {
+      for (const from of [null, ...groups.keys()]) {
+        for (const given of from === to ? [] : portions(groups, current, from)) {
+          const tried = moved(groups, current, task.room, { from, to, given });
+          const seconds = tried === null ? cost : roughSeconds(groups, tried, task);
+          if (seconds < cost * (1 - 1e-9)) {
+            best = tried;
+            cost = seconds;
+          }
+        }
+      }
+    }
+    if (best === null) break;
+    current = best;
+  }
+  return current;
+}
+
+/** Slots that a group could give: all, halves of that, one. From nobody: what is free. */
+function portions(
+  groups: readonly Group[],
+  shares: readonly Share[],
+  from: number | null,
+): readonly number[] {
+  if (from === null) return [0];
+  const group = groups[from] as Group;
+  const share = shares[from] as Share;
+  const spare = share.slotCount - leastSlots(group, streamedSets(group, share));
+  const counts: number[] = [];
+  for (let count = spare; count >= 1; count = Math.floor(count / 2)) counts.push(count);
+  return counts;
+}
+
+function moved(
+  groups: readonly Group[],
+  shares: readonly Share[],
+  room: Room,
+  move: { readonly from: number | null; readonly to: number; readonly given: number },
+): readonly Share[] | null {
+  const { from, to, given } = move;
+  const less = shares.map((share, i) =>
+    i === from ? { ...share, slotCount: share.slotCount - given } : share,
+  );
+  const { ram, gpu } = takenBytes(groups, less);
+  const free = Math.min(room.ramBytes - ram, (room.totalBytes ?? Number.POSITIVE_INFINITY) - ram - gpu);
+  const group = groups[to] as Group;
+  const share = less[to] as Share;
+  const open = streamedSets(group, share) * group.strideCount - share.slotCount;
+  const more = Math.min(open, Math.floor(free / group.slotBytes));
+  if (more <= 0) return null;
+  return less.map((one, i) => (i === to ? { ...one, slotCount: one.slotCount + more } : one));
+}
+
 // ---- placements ---------------------------------------------------------------------------------------------------
 
 /** Every `of`-th of a list, so that what streams is spread over the pass. */
@@ -437,14 +598,16 @@ function spread<Item>(items: readonly Item[], count: number): ReadonlySet<Item> 
   );
 }
 
-/** A group of the processor's side that the pool holds whole is resident without a pool, in fewer bytes. */
+/** A dense group of the processor's side that the pool holds whole is resident without a pool, in fewer bytes. */
 function settled(group: Group, share: Share): Share {
-  const streamed = streamedSets(group, share);
-  const isWhole = share.slotCount >= streamed * group.strideCount;
-  return isWhole && streamed === group.ramSets.length ? { ...share, ramResident: true, slotCount: 0 } : share;
+  const isWhole = share.slotCount >= group.ramSets.length * group.strideCount;
+  const isAllThere = share.gpuCount === group.gpuSets.length && !share.ramResident;
+  return group.kind === "dense" && isWhole && isAllThere
+    ? { ...share, ramResident: true, slotCount: 0 }
+    : share;
 }
 
-function placementOf(groups: readonly Group[], shares: readonly Share[], task: PlaceTask): Placement {
+export function placementOf(groups: readonly Group[], shares: readonly Share[], task: PlaceTask): Placement {
   const tiers: ("gpu" | "ram" | "nvme")[] = [...task.homes];
   const classes: PlacedClass[] = [];
   for (const [index, group] of groups.entries()) {
@@ -470,29 +633,35 @@ function placementOf(groups: readonly Group[], shares: readonly Share[], task: P
   return { gpuLayers: task.gpuLayers, tiers, classes };
 }
 
-/** The best placement that the two ways find; null where not even the smallest pool fits. */
+/** The best placement that the two ways find, improved by small changes; null where not even the smallest pool fits. */
 export function place(task: PlaceTask, solver: ProgramSolver = yalps): Solution | null {
   const groups = groupsOf(task);
   const judged = (shares: readonly Share[], by: Solution["by"]) => {
     const placement = placementOf(groups, shares, task);
-    return { placement, by, seconds: task.judge(placement) };
+    return { shares, placement, by, seconds: task.judge(placement) };
   };
+  type Judged = ReturnType<typeof judged>;
+  const better = (one: Judged | null, other: Judged | null): Judged | null =>
+    one === null || (other !== null && other.seconds < one.seconds) ? other : one;
   const first = greedy(groups, task);
   const byGreedy = first === null ? null : judged(first, "greedy");
   const values = task.mustStream ? null : solver(programOf(groups, task));
   const byProgram = (values === null ? [] : sharesOf(groups, values, task.room))
     .map((shares) => judged(shares, "program"))
-    .reduce<ReturnType<typeof judged> | null>(
-      (best, one) => (best === null || one.seconds < best.seconds ? one : best),
-      null,
-    );
-  const best =
-    byGreedy !== null && (byProgram === null || byGreedy.seconds <= byProgram.seconds) ? byGreedy : byProgram;
-  return best === null
-    ? null
-    : {
-        ...best,
-        greedySeconds: byGreedy?.seconds ?? null,
-        programSeconds: byProgram?.seconds ?? null,
-      };
+    .reduce<Judged | null>(better, null);
+  const chosen = better(byGreedy, byProgram);
+  if (chosen === null) {
+    return null;
+  }
+  const starts = task.mustStream ? [] : [byGreedy, byProgram].filter((one) => one !== null);
+  const best = starts
+    .map((one) => judged(improved(groups, one.shares, task), one.by))
+    .reduce<Judged>((one, other) => better(one, other) ?? one, chosen);
+  return {
+    placement: best.placement,
+    by: best.by,
+    seconds: best.seconds,
+    greedySeconds: byGreedy?.seconds ?? null,
+    programSeconds: byProgram?.seconds ?? null,
+  };
 }

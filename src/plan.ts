@@ -746,15 +746,24 @@ const gpuWorth = 0.95;
 
 /** The best layers on the GPU, and then the best micro-batch, for this context; null where it does not fit. */
 function streamWith(task: Task, context: ContextChoice): Streamed | null {
+  const { solver } = task.knowledge;
+  const candidates = gpuCandidates(task, context);
   let best: Streamed | null = null;
-  for (const gpuLayers of gpuCandidates(task, context)) {
-    const found = firstUbatch(task, context, gpuLayers);
+  for (const gpuLayers of candidates) {
+    const found = firstUbatch(task, { context, gpuLayers }, greedyOnly);
     if (found !== null && (best === null || found.solution.seconds < gpuWorth * best.solution.seconds)) {
       best = found;
     }
   }
-  return best === null ? null : withBestUbatch(task, best);
+  for (const gpuLayers of best === null ? candidates : [best.solution.placement.gpuLayers]) {
+    const found = firstUbatch(task, { context, gpuLayers }, solver);
+    if (found !== null) return withBestUbatch(task, found);
+  }
+  return null;
 }
+
+/** For questions that do not need the last percent. */
+const greedyOnly: ProgramSolver = () => null;
 
 /** All that hold what cannot stream, in five steps from the most to none: fewer layers leave room for whole ones. */
 function gpuCandidates(task: Task, context: ContextChoice): readonly number[] {
@@ -785,9 +794,13 @@ function attempt(task: Task, { context, ubatchTokens, gpuLayers }: Shape): Sides
   return fits(task, { ...sides, ram: { ...sides.ram, poolBytes: pool } }) ? sides : null;
 }
 
-function firstUbatch(task: Task, context: ContextChoice, gpuLayers: number): Streamed | null {
+function firstUbatch(
+  task: Task,
+  shape: Omit<Shape, "ubatchTokens">,
+  solver: ProgramSolver | undefined,
+): Streamed | null {
   for (let ubatchTokens = usualUbatchTokens; ubatchTokens >= leastUbatchTokens; ubatchTokens /= 2) {
-    const found = solved(task, { context, ubatchTokens, gpuLayers }, task.knowledge.solver);
+    const found = solved(task, { ...shape, ubatchTokens }, solver);
     if (found !== null) return found;
   }
   return null;
@@ -851,7 +864,6 @@ function withBestUbatch(task: Task, first: Streamed): Streamed {
   }
   let best = first;
   let bestSeconds = nominalSeconds(task, first);
-  const greedyOnly: ProgramSolver = () => null;
   for (let ubatchTokens = first.ubatchTokens / 2; ubatchTokens >= leastUbatchTokens; ubatchTokens /= 2) {
     const found = solved(task, { context: first.context, ubatchTokens, gpuLayers }, greedyOnly);
     if (found === null) continue;

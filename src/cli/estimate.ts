@@ -31,7 +31,7 @@ export const estimateCommand = command(
       "hypura estimate model.gguf --machine mac.json --json",
     ],
     notes: [
-      "Speeds are predicted from what `hypura profile` measured and from earlier runs, and from nothing else.",
+      "Speeds are predicted from what `hypura profile` measured and from earlier runs, nothing else.",
       "A model that cannot run gets the reason; the exit status is then 0 too. `hypura inspect` says more.",
     ],
   },

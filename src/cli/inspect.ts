@@ -75,7 +75,7 @@ export const inspectCommand = command(
     ],
     notes: [
       "A model that cannot run is shown all the same, with the reason; the exit status is then 0 too.",
-      "Speeds are predicted from what `hypura profile` measured and from earlier runs, and from nothing else.",
+      "Speeds are predicted from what `hypura profile` measured and from earlier runs, nothing else.",
     ],
   },
 );
