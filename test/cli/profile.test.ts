@@ -81,7 +81,7 @@ describe("profile", () => {
       const empty = join(folder, signal);
       mkdirSync(empty);
       const home = join(folder, `home-${signal}`);
-      const child = Bun.spawn([...program, "profile", "--path", empty, "--seconds", "60"], {
+      const child = Bun.spawn([...program, "profile", "--path", empty, "--seconds", "20"], {
         env: { ...environment, HYPURA_HOME: home },
         stdin: "ignore",
         stdout: "pipe",
