@@ -1,6 +1,6 @@
 // The engine as TypeScript sees it: open a plan, send requests, read events. It turns the lines of events into
 // values, whatever carries them: native code in this process (openEngine), or in a process of its own (child.ts);
-// nothing else in src sees native code (machine.ts asks it for device facts). It knows no dialect: a route's body and
+// nothing else in src sees native code (profile.ts has it measure the machine). It knows no dialect: a route's body and
 // chunks pass through as they are.
 
 import { nativeLibrary } from "../ffi/native";
@@ -154,6 +154,19 @@ export async function engineOver(
       throw error;
     },
   );
+}
+
+/** Work of native code that needs no model (the table is in ffi/native/tasks.cpp); cancelled as a request is. */
+export function runTask(
+  name: string,
+  body: object,
+  signal?: AbortSignal,
+): AsyncIterableIterator<EngineChunk> {
+  if (signal?.aborted) {
+    return refused(new HypuraError("cancelled", `${name} was cancelled`));
+  }
+  const fd = nativeLibrary().task(name, JSON.stringify(body));
+  return new RequestChunks(new EventLines(fd), signal, () => {});
 }
 
 /** llama.cpp names the cause in its own words, function names first. */

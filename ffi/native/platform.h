@@ -86,6 +86,13 @@ struct Site {
 // disks report today and the page size that the page cache works in. A file system that wants more says EINVAL.
 constexpr uint64_t kDirectAlign = 4096;
 
+// Whether a direct read takes what the page cache already has: F_NOCACHE does, O_DIRECT goes to the storage.
+#if defined(__APPLE__)
+constexpr bool kDirectMeetsCache = true;
+#else
+constexpr bool kDirectMeetsCache = false;
+#endif
+
 enum class Access : uint8_t { kBuffered, kDirect };
 
 // Neither kind reads ahead by itself. >= 0: a descriptor, read only, close-on-exec. < 0: -errno (direct access that the
@@ -95,6 +102,14 @@ void close_file(int descriptor);
 
 // Bytes read, 0 at the end of the file, or -errno. One system call.
 int64_t read_at(int descriptor, uint64_t offset, Span<std::byte> into);
+
+// A new file to write (EEXIST where there is one), past the page cache where the file system can (`*direct`). >= 0: a
+// descriptor, close-on-exec. < 0: -errno.
+int create_write(const char* path, bool* direct);
+// Bytes written or -errno. One system call.
+int64_t write_at(int descriptor, uint64_t offset, Span<const std::byte> from);
+// Waits until the file is on the storage: 0 or -errno.
+int sync_file(int descriptor);
 
 // What tells a file from another one and from its own later contents.
 struct FileIdentity {

@@ -1,11 +1,13 @@
-// What every command shares: its shape, the words of its command line, and reading numbers and sizes out of flags
-// with errors that say what to do. citty takes what this file has checked: by itself it ignores flags and arguments
+// What every command shares: its shape, the words of its command line, and reading numbers, sizes and documents out of
+// flags with errors that say what to do. citty takes what this file has checked: by itself it ignores flags and arguments
 // that it does not know, and a typing mistake must not be ignored.
 
+import { readFileSync } from "node:fs";
 import type { ArgDef, ArgsDef, CommandDef } from "citty";
 import { consola } from "consola";
 import { HypuraError } from "../errors";
 import type { Plan, PlanLimits } from "../plan";
+import { validatePlan } from "../plan-json";
 import { countText, nearest, parseBytes } from "../text";
 
 export interface Command {
@@ -201,10 +203,25 @@ export const limitArgs = {
     description: "Use at most this much memory, such as 8G",
     valueHint: "SIZE",
   },
+  "gpu-memory": {
+    type: "string",
+    description: "Use at most this much memory of GPUs; 0 uses none",
+    valueHint: "SIZE",
+  },
+  "kv-type": {
+    type: "string",
+    description: "Type of the context: f16, q8_0 ... (f16; others change answers)",
+    valueHint: "TYPE",
+  },
   mode: {
     type: "string",
     description: "auto, resident or stream (auto: stream what does not fit)",
     valueHint: "MODE",
+  },
+  plan: {
+    type: "string",
+    description: "Follow the plan in this file, which `inspect --json` printed",
+    valueHint: "FILE",
   },
 } as const;
 
@@ -215,10 +232,11 @@ function modeFlag(text: string | undefined): "auto" | "resident" | "stream" {
   throw new HypuraError("usage", `--mode ${JSON.stringify(text)}: give auto, resident or stream`);
 }
 
+type LimitFlags = { readonly [Name in keyof typeof limitArgs]?: string | undefined };
+
 /** The limits that these flags give. */
-export function limitsOf(
-  flags: { readonly [Name in keyof typeof limitArgs]?: string | undefined },
-): PlanLimits {
+export function limitsOf(flags: LimitFlags): PlanLimits {
+  const gpuMemory = flags["gpu-memory"];
   return {
     contextTokens:
       numberFlag("context", flags.context, { least: 16, most: 16_777_216, integer: true }) ?? null,
@@ -226,7 +244,49 @@ export function limitsOf(
     threads: numberFlag("threads", flags.threads, { least: 1, most: 512, integer: true }) ?? null,
     memoryBytes: bytesFlag("memory", flags.memory) ?? null,
     mode: modeFlag(flags.mode),
+    gpuMemoryBytes: gpuMemory === "0" ? 0 : (bytesFlag("gpu-memory", gpuMemory) ?? null),
+    kvType: flags["kv-type"]?.toLowerCase() ?? null,
+    plan: planFlag(flags),
   };
+}
+
+function planFlag(flags: LimitFlags): Plan | null {
+  if (flags.plan === undefined) {
+    return null;
+  }
+  const other = Object.keys(limitArgs).find(
+    (name) => name !== "plan" && name in flags && flags[name as keyof LimitFlags] !== undefined,
+  );
+  if (other !== undefined) {
+    throw new HypuraError("usage", `--plan decides all that --${other} would: give one of them`);
+  }
+  return validatePlan(readJson(flags.plan, "plan"));
+}
+
+/** The JSON document in a file that a person named. */
+export function readJson(path: string, what: string): unknown {
+  let content: string;
+  try {
+    content = readFileSync(path, "utf8");
+  } catch (cause) {
+    const isMissing = (cause as { readonly code?: string }).code === "ENOENT";
+    throw new HypuraError(
+      isMissing ? "not-found" : "io",
+      isMissing
+        ? `there is no ${what} file ${JSON.stringify(path)}: check the path`
+        : `the ${what} file ${JSON.stringify(path)} cannot be read (${(cause as Error).message}): give a text file`,
+      { cause },
+    );
+  }
+  try {
+    return JSON.parse(content);
+  } catch (cause) {
+    throw new HypuraError(
+      "usage",
+      `the ${what} file ${JSON.stringify(path)} is no JSON (${(cause as Error).message})`,
+      { cause },
+    );
+  }
 }
 
 /** Says that the plan has less context than was asked for, where it has. */
