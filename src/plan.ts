@@ -414,19 +414,26 @@ function fits(task: Task, sides: Sides): boolean {
 
 // ---- everything resident --------------------------------------------------------------------------------------
 
+interface Resident {
+  readonly sides: Sides;
+  readonly gpuLayers: number;
+  readonly ubatchTokens: number;
+}
+
 /** With as many layers on the GPU as it holds; null where the rest is too much for the ram. */
-function residentSides(
-  task: Task,
-  contextTokens: number,
-  counts: (tensor: ModelTensor) => boolean = () => true,
-): { readonly sides: Sides; readonly gpuLayers: number } | null {
+function residentSides(task: Task, contextTokens: number): Resident | null {
   const { model } = task;
   const most = task.gpu === null ? 0 : allGpuLayers(model);
   for (let gpuLayers = most; gpuLayers >= 0; gpuLayers--) {
-    const use = useOf(task, { contextTokens, ubatchTokens: usualUbatchTokens, gpuLayers });
-    const sides = withWeights(memoryOf(model, use, false), bytesAt(model, gpuLayers, counts));
-    if (fits(task, gpuLayers === 0 ? { ...sides, gpu: noGpu } : sides)) {
-      return { sides, gpuLayers };
+    const ubatchTokens = usualUbatchTokens;
+    const use = useOf(task, { contextTokens, ubatchTokens, gpuLayers });
+    const made = withWeights(
+      memoryOf(model, use, false),
+      bytesAt(model, gpuLayers, () => true),
+    );
+    const sides = gpuLayers === 0 ? { ...made, gpu: noGpu } : made;
+    if (fits(task, sides)) {
+      return { sides, gpuLayers, ubatchTokens };
     }
   }
   return null;
@@ -445,7 +452,7 @@ function makeResident(task: Task): Plan | null {
 function residentPlan(
   task: Task,
   context: ContextChoice,
-  { sides, gpuLayers }: { readonly sides: Sides; readonly gpuLayers: number },
+  { sides, gpuLayers, ubatchTokens }: Resident,
 ): Plan {
   const { model, machine, limits, budget } = task;
   const { ram, gpu } = sides;
@@ -455,7 +462,7 @@ function residentPlan(
   const mode = isPartial ? "partial-gpu" : "full-resident";
   const placement: Placement = { gpuLayers, tiers: homesOf(model, gpuLayers), classes: [] };
   return {
-    ...commonPart(task, placement, { context, sides, ubatchTokens: usualUbatchTokens }),
+    ...commonPart(task, placement, { context, sides, ubatchTokens }),
     mode,
     batchTokens: residentBatchTokens,
     pollPercent: residentPollPercent,
@@ -472,6 +479,15 @@ function residentPlan(
       ...gpuChoices(task, gpuLayers, sides),
       { name: "context", value: `${countText(context.tokens)} tokens`, reason: context.reason },
       ...kvChoices(task),
+      ...(ubatchTokens === usualUbatchTokens
+        ? []
+        : [
+            {
+              name: "ubatch",
+              value: `${countText(ubatchTokens)} tokens`,
+              reason: "the most with which everything fits",
+            },
+          ]),
       threadChoice(machine, limits),
       {
         name: "repacking",
@@ -580,7 +596,7 @@ function commonPart(task: Task, placement: Placement, { context, sides, ubatchTo
     kvTypeV: task.kvType,
     memory: sides.ram,
     gpuMemory: placement.gpuLayers === 0 ? null : sides.gpu,
-    longestContextTokens: longestContext(task, placement),
+    longestContextTokens: longestContext(task, placement, ubatchTokens),
   } as const;
   const estimate = adjust(
     estimateOf(facts, task.speeds),
@@ -646,7 +662,7 @@ function factsOf(task: Task, placement: Placement, ubatchTokens: number): CostFa
 }
 
 /** The most context with which the placement's kind of plan still fits, as a multiple of 256 (or what was trained). */
-function longestContext(task: Task, placement: Placement): number {
+function longestContext(task: Task, placement: Placement, ubatchTokens: number): number {
   const { model } = task;
   const trained = model.trainedContextTokens || usualContextTokens;
   const streams = placement.classes.length > 0;
@@ -655,8 +671,8 @@ function longestContext(task: Task, placement: Placement): number {
   const fixed = bytesAt(model, placement.gpuLayers, counts);
   const pool = streams ? leastPoolBytes(groupsOf({ model, homes: homesOf(model, placement.gpuLayers) })) : 0;
   const holds = (contextTokens: number): boolean => {
-    const ubatchTokens = streams ? leastUbatchTokens : usualUbatchTokens;
-    const use = useOf(task, { contextTokens, ubatchTokens, gpuLayers: placement.gpuLayers });
+    const least = streams ? leastUbatchTokens : ubatchTokens;
+    const use = useOf(task, { contextTokens, ubatchTokens: least, gpuLayers: placement.gpuLayers });
     const sides = withWeights(memoryOf(model, use, streams), fixed);
     const withPool = { ...sides, ram: { ...sides.ram, poolBytes: pool } };
     return fits(task, placement.gpuLayers === 0 ? { ...withPool, gpu: noGpu } : withPool);
@@ -733,9 +749,26 @@ function makeStreaming(task: Task): Plan | null {
   }
   for (const context of contextChoices(task)) {
     const found = streamWith(task, context);
-    if (found !== null) return streamingPlan(task, found);
+    if (found !== null) {
+      return found.solution.placement.classes.length === 0
+        ? nothingStreams(task, found)
+        : streamingPlan(task, found);
+    }
   }
   return null;
+}
+
+/** With a smaller micro-batch everything fits after all. */
+function nothingStreams(task: Task, { context, ubatchTokens, solution }: Streamed): Plan {
+  const { model } = task;
+  const { gpuLayers } = solution.placement;
+  const use = useOf(task, { contextTokens: context.tokens, ubatchTokens, gpuLayers });
+  const made = withWeights(
+    memoryOf(model, use, false),
+    bytesAt(model, gpuLayers, () => true),
+  );
+  const sides = gpuLayers === 0 ? { ...made, gpu: noGpu } : made;
+  return residentPlan(task, context, { sides, gpuLayers, ubatchTokens });
 }
 
 /**
