@@ -154,6 +154,15 @@ const plan = object({
   repack: flag,
   loadMode: oneOf("mmap", "direct", "read"),
   streaming: nullable(streaming),
+  speculation: nullable(
+    object({
+      maxTokens: whole(1, 65_535),
+      fromContext: flag,
+      matchTokens: whole(0, 65_535),
+      draftPath: nullable(text),
+      draftProbability: number,
+    }),
+  ),
   memory: object({ ...memory, poolBytes: bytes, streamingBytes: bytes, processBytes: bytes }),
   gpuMemory: nullable(object(memory)),
   longestContextTokens: whole(0),

@@ -316,8 +316,13 @@ async function answerOnce(
       plan.streaming !== null &&
       answer.timings.generatedTokens > 1
     ) {
-      const { generatedTokens, generatedSeconds } = answer.timings;
-      const decoded = { tokens: generatedTokens - 1, seconds: generatedSeconds }; // the first came with the prompt
+      const { generatedTokens, generatedSeconds, draftedTokens, acceptedTokens } = answer.timings;
+      const decoded = {
+        tokens: generatedTokens - 1, // the first came with the prompt
+        seconds: generatedSeconds,
+        drafted: draftedTokens,
+        accepted: acceptedTokens,
+      };
       consola.info(streamingText(streaming, decoded, plan.streaming.touchedBytesPerToken));
       if (verbose) {
         tell(`${layersText(layersOf(streaming, plan), decoded.tokens)}\n`);

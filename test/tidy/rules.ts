@@ -78,6 +78,9 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   ["src/plan-cost", []],
   ["src/plan-history", []],
   ["src/plan-json", []],
+  ["src/plan-resident", []],
+  ["src/plan-stream", []],
+  ["src/plan-task", []],
   // A simplex is a pure function too.
   ["src/plan-place", ["yalps"]],
   ["src/text", []],
