@@ -235,6 +235,9 @@ export function planToServe(
       throw error;
     }
   };
+  if (isForEmbedding(file)) {
+    return makePlan(subject, machine, { ...limits, mode: "resident", embeddings: true });
+  }
   if (limits.contextTokens !== null) {
     return planOrThrow(attempt(limits.contextTokens, limits.mode));
   }

@@ -104,6 +104,8 @@ export interface Plan {
   readonly gpuLayers: number;
   readonly kvTypeK: string;
   readonly kvTypeV: string;
+  /** The model turns text into vectors: each input is evaluated in one micro-batch, as large as the context. */
+  readonly embeddings: boolean;
   /** Weights rearranged at load for faster kernels: changes last bits, and takes their memory once more. */
   readonly repack: boolean;
   readonly loadMode: "mmap" | "direct" | "read";
@@ -122,6 +124,8 @@ export interface PlanLimits {
   readonly memoryBytes: number | null;
   /** `auto` streams when the model does not fit. */
   readonly mode?: "auto" | "resident" | "stream";
+  /** For a model that turns text into vectors; it is resident. */
+  readonly embeddings?: boolean;
 }
 
 export const noLimits: PlanLimits = {
@@ -151,8 +155,8 @@ const processBytes = 100_000_000;
 export function makePlan(subject: ModelFiles, machine: Machine, limits: PlanLimits = noLimits): Plan {
   const budget = budgetOf(machine, limits);
   const resident = limits.mode === "stream" ? null : makeResident(subject, machine, limits, budget);
-  const plan =
-    resident ?? (limits.mode === "resident" ? null : makeStreaming(subject, machine, limits, budget));
+  const mayStream = limits.mode !== "resident" && limits.embeddings !== true;
+  const plan = resident ?? (mayStream ? makeStreaming(subject, machine, limits, budget) : null);
   if (plan === null) {
     throw refusal(subject.model, budget, machine, limits);
   }
@@ -183,12 +187,11 @@ function makeResident(
   budget: number,
 ): Plan | null {
   const { model } = subject;
+  const embeddings = limits.embeddings === true;
   for (const context of contextChoices(model, limits)) {
-    const memory = memoryOf(model, {
-      context: context.tokens,
-      slots: limits.slotCount ?? 1,
-      ubatch: usualUbatchTokens,
-    });
+    // Attention that looks both ways sees an input whole or not at all.
+    const ubatch = embeddings ? context.tokens : usualUbatchTokens;
+    const memory = memoryOf(model, { context: context.tokens, slots: limits.slotCount ?? 1, ubatch });
     if (totalBytes(memory) > budget) {
       continue;
     }
@@ -197,8 +200,8 @@ function makeResident(
       ...commonPart(subject, machine, limits, new Set()),
       mode: "full-resident",
       contextTokens: context.tokens,
-      batchTokens: residentBatchTokens,
-      ubatchTokens: usualUbatchTokens,
+      batchTokens: embeddings ? Math.max(ubatch, 2) : residentBatchTokens,
+      ubatchTokens: ubatch,
       pollPercent: residentPollPercent,
       repack,
       loadMode: isAligned(model) ? "mmap" : "read",
@@ -257,6 +260,7 @@ function commonPart(
     decodeThreads: threads,
     prefillThreads: threads,
     gpuLayers: 0,
+    embeddings: limits.embeddings === true,
     kvTypeK: "f16",
     kvTypeV: "f16",
   } as const;
@@ -574,7 +578,7 @@ function refusal(model: Model, budget: number, machine: Machine, limits: PlanLim
         : `left under the control group ${machine.memory.limitedBy}`;
   const slots = limits.slotCount ?? 1;
   const tokens = contextChoices(model, limits).at(-1)?.tokens ?? usualContextTokens;
-  const mayStream = limits.mode !== "resident" && model.strides.length > 0;
+  const mayStream = limits.mode !== "resident" && limits.embeddings !== true && model.strides.length > 0;
   const least = mayStream
     ? streamingMemory(model, tokens, slots, 32)
     : memoryOf(model, { context: tokens, slots, ubatch: usualUbatchTokens });
