@@ -6,7 +6,8 @@ import { join } from "node:path";
 import { openChildEngine } from "../../src/child";
 import { type EngineChunk, RequestError } from "../../src/engine";
 import { writeThinker } from "../engine/thinker";
-import { type Kind, type Row, rows, type Seen, type Shape } from "./conformance.rows";
+import type { Kind, Row, Seen, Shape } from "./conformance.row";
+import { rows } from "./conformance.rows";
 import { scratchFolder, startServer, stopServers, type TestServer, testModels } from "./served";
 
 const folder = scratchFolder();
