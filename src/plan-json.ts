@@ -151,6 +151,7 @@ const plan = object({
   gpuLayers: whole(0, 0x7fff_ffff),
   kvTypeK: oneOf(...kvTypes),
   kvTypeV: oneOf(...kvTypes),
+  embeddings: flag,
   repack: flag,
   loadMode: oneOf("mmap", "direct", "read"),
   streaming: nullable(streaming),

@@ -40,7 +40,8 @@ function residentSides(task: Task, contextTokens: number): Resident | null {
   const { model } = task;
   const most = task.gpu === null ? 0 : allGpuLayers(model);
   for (let gpuLayers = most; gpuLayers >= 0; gpuLayers--) {
-    const ubatchTokens = usualUbatchTokens;
+    // Attention that looks both ways sees an input whole or not at all.
+    const ubatchTokens = task.limits.embeddings === true ? contextTokens : usualUbatchTokens;
     const use = useOf(task, { contextTokens, ubatchTokens, gpuLayers });
     const made = withWeights(
       memoryOf(model, use, false),
@@ -74,12 +75,13 @@ export function residentPlan(
   const isPartial = gpuLayers > 0 && gpuLayers < allGpuLayers(model);
   const mode = isPartial ? "partial-gpu" : "full-resident";
   const placement: Placement = { gpuLayers, tiers: homesOf(model, gpuLayers), classes: [] };
-  const guesses = chooseSpeculation({ ...task, placement }, residentBatchTokens);
+  const batchTokens = limits.embeddings === true ? Math.max(ubatchTokens, 2) : residentBatchTokens;
+  const guesses = chooseSpeculation({ ...task, placement }, batchTokens);
   return {
     ...commonPart(task, placement, { context, sides, ubatchTokens }),
     mode,
     speculation: guesses.speculation,
-    batchTokens: residentBatchTokens,
+    batchTokens,
     pollPercent: residentPollPercent,
     repack,
     loadMode: isAligned(model) ? "mmap" : "read",
@@ -100,7 +102,10 @@ export function residentPlan(
             {
               name: "ubatch",
               value: `${countText(ubatchTokens)} tokens`,
-              reason: "the most with which everything fits",
+              reason:
+                limits.embeddings === true
+                  ? "an input is evaluated whole"
+                  : "the most with which everything fits",
             },
           ]),
       threadChoice(machine, limits),

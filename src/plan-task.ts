@@ -242,6 +242,7 @@ export function commonPart(task: Task, placement: Placement, { context, sides, u
     gpuLayers: placement.gpuLayers,
     kvTypeK: task.kvType,
     kvTypeV: task.kvType,
+    embeddings: limits.embeddings === true,
     memory: sides.ram,
     gpuMemory: placement.gpuLayers === 0 ? null : sides.gpu,
     longestContextTokens: longestContext(task, placement, ubatchTokens),

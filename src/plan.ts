@@ -142,6 +142,8 @@ export interface Plan {
   readonly gpuLayers: number;
   readonly kvTypeK: string;
   readonly kvTypeV: string;
+  /** The model turns text into vectors: each input is evaluated in one micro-batch, as large as the context. */
+  readonly embeddings: boolean;
   /** Weights rearranged at load for faster kernels: changes last bits, and takes their memory once more. */
   readonly repack: boolean;
   readonly loadMode: "mmap" | "direct" | "read";
@@ -180,6 +182,8 @@ export interface PlanLimits {
   /** Bytes of GPU memory that may be used; 0: no GPU. */
   readonly gpuMemoryBytes?: number | null;
   readonly kvType?: string | null;
+  /** For a model that turns text into vectors; it is resident. */
+  readonly embeddings?: boolean;
   /** Tokens guessed and verified in one pass, at most; `auto` guesses where a pass does not take longer for it. */
   readonly speculation?: "off" | "auto" | number;
   /** A plan that was made before: it is followed as it is, if it is one of this model. */

@@ -185,6 +185,7 @@ OpenPlan parse_plan(std::string_view text) {
     plan.kv_type_v = json.at("kvTypeV").get<std::string>();
     kv_type(plan.kv_type_k);
     kv_type(plan.kv_type_v);
+    plan.embeddings = json.at("embeddings").get<bool>();
     plan.repack = json.at("repack").get<bool>();
     plan.load_mode = load_mode(json.at("loadMode").get<std::string>());
     if (!json.at("streaming").is_null()) {
@@ -439,6 +440,7 @@ common_params params_of(const OpenPlan & plan) {
     p.n_gpu_layers = static_cast<int32_t>(plan.gpu_layers);
     p.cache_type_k = kv_type(plan.kv_type_k);
     p.cache_type_v = kv_type(plan.kv_type_v);
+    p.embedding = plan.embeddings;
     p.no_extra_bufts = !plan.repack;
     p.load_mode = plan.load_mode == LoadMode::Mmap     ? LLAMA_LOAD_MODE_MMAP
                   : plan.load_mode == LoadMode::Direct ? LLAMA_LOAD_MODE_DIRECT_IO

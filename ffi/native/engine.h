@@ -85,6 +85,7 @@ struct OpenPlan {
     uint32_t gpu_layers = 0;
     std::string kv_type_k;
     std::string kv_type_v;
+    bool embeddings = false; // the model turns text into vectors; each input is one micro-batch
     bool repack = false; // weights rearranged at load for faster kernels; changes last bits
     LoadMode load_mode = LoadMode::Mmap;
     PlanStreaming streaming;
