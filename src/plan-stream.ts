@@ -209,8 +209,8 @@ export function judged(facts: CostFacts, speeds: Speeds | null, seconds: TierSec
   return seconds.gpu("", gpu) + seconds.ram("", ram + pool + read) + seconds.read(read);
 }
 
-/** A page of prompt and a page of answer: what the micro-batch is chosen for. */
-const nominal = { promptTokens: 512, answerTokens: 256 } as const;
+/** A few pages of prompt and a page of answer, as in a conversation: what the micro-batch is chosen for. */
+const nominal = { promptTokens: 2048, answerTokens: 256 } as const;
 
 /**
  * A smaller micro-batch leaves room for slots and reads the streamed weights more often: the one with which a page is

@@ -98,19 +98,20 @@ export function taskOf(
 ): Task {
   const { model } = subject;
   const threads = limits.threads ?? machine.computeCores;
+  const budget = budgetOf(machine, limits);
   return {
     subject,
     model,
     machine,
     limits,
     knowledge,
-    budget: budgetOf(machine, limits),
+    budget,
     gpu: gpuBudgetOf(machine, limits),
     threads,
     kvType: kvTypeOf(model, limits),
     speeds: speedsOf(model, machine, threads),
     curve: knowledge.hitCurve ?? hitCurveOf(model, knowledge.history ?? []) ?? publishedHitCurve,
-    reader: readerOf(machine),
+    reader: readerOf(model, machine, budget),
   };
 }
 
@@ -137,18 +138,31 @@ function kvTypeOf(model: Model, limits: PlanLimits): string {
  */
 const usualReader: ReaderShape = { threads: 8, pieceBytes: 1_048_576 };
 
-export function readerOf(machine: Machine): Task["reader"] {
+/** Each thread has a buffer of a piece: no more of the budget than this goes there. */
+const readerShare = 1 / 32;
+
+function readerOf(model: Model, machine: Machine, budget: number): Task["reader"] {
   const storage = machine.profile?.storage[0];
   if (storage === undefined) {
-    return { ...usualReader, reason: "what disks of several kinds gave most with" };
+    return { ...usualReader, reason: "the disk was not measured" };
   }
-  const usual = bandwidthAt(storage, usualReader.pieceBytes, usualReader.threads);
-  const { readBytes, depth } = storage.best;
-  const isWhole = readBytes % 4096 === 0 && readBytes <= 16_777_216 && depth <= 64;
-  const best = bandwidthAt(storage, readBytes, depth);
-  return isWhole && best > 1.05 * usual
-    ? { threads: depth, pieceBytes: readBytes, reason: `measured: ${bandwidthText(best)}` }
-    : { ...usualReader, reason: `measured: ${bandwidthText(usual)}, and no other shape gives more` };
+  // No read is longer than the stride that it is a piece of.
+  const longest = model.strides.reduce((most, set) => Math.max(most, set.strideBytes), 1);
+  const bandwidth = ({ threads, pieceBytes }: ReaderShape): number =>
+    bandwidthAt(storage, Math.min(pieceBytes, longest), threads);
+  const pieceBytes = Math.min(storage.best.readBytes, Math.ceil(longest / 4096) * 4096);
+  const measured: ReaderShape = { threads: storage.best.depth, pieceBytes };
+  const isUsable =
+    pieceBytes % 4096 === 0 &&
+    measured.threads <= 64 &&
+    measured.threads * pieceBytes <=
+      Math.max(readerShare * budget, usualReader.threads * usualReader.pieceBytes);
+  return isUsable && bandwidth(measured) > 1.05 * bandwidth(usualReader)
+    ? { ...measured, reason: `measured: ${bandwidthText(bandwidth(measured))}` }
+    : {
+        ...usualReader,
+        reason: `measured: ${bandwidthText(bandwidth(usualReader))}, and no other shape gives more`,
+      };
 }
 
 export function useOf(
