@@ -1,6 +1,6 @@
 /* hypura.h - the whole contract between TypeScript and native code.
  *
- * Six functions. None blocks, none throws, none takes a callback: what native code has to say goes, as
+ * Seven functions. None blocks, none throws, none takes a callback: what native code has to say goes, as
  * newline-delimited JSON, into one end of a socket pair, and the caller reads the other end. The caller
  * cancels by closing its end. All integers are plain C; all text is UTF-8; a JSON document is (pointer, length).
  *
@@ -21,6 +21,8 @@
  *       {"event":"end"}                              the answer is complete
  *     Then end of stream. The first event decides an HTTP status. A descriptor that ends without "end" or
  *     "error" was cut off.
+ *   hy_task(name, json) -> a descriptor with the events of a request. Work that needs no engine: what this machine
+ *       is and how fast it is. Names, fields and answers are in tasks.cpp.
  *   hy_close(engine)  starts the end: requests in flight are cancelled, then the engine says "closed".
  *
  * Return codes: >= 0 is a result, < 0 is one of HY_E_*.
@@ -66,6 +68,9 @@ HY_API int64_t hy_open(const uint8_t * plan_json, uint64_t plan_bytes, int32_t *
 
 /* Starts a request on an engine that is ready. Returns the caller's descriptor. */
 HY_API int32_t hy_request(int64_t engine, const char * route, const uint8_t * body_json, uint64_t body_bytes);
+
+/* Starts a task. HY_E_JSON also where there is no task of this name. Returns the caller's descriptor. */
+HY_API int32_t hy_task(const char * name, const uint8_t * json, uint64_t bytes);
 
 /* Starts the engine's end. Idempotent. Returns 0. */
 HY_API int32_t hy_close(int64_t engine);

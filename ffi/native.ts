@@ -25,13 +25,14 @@ const symbols = {
   hy_build_info: { args: [], returns: "ptr" },
   hy_open: { args: ["buffer", "u64", "buffer"], returns: "i64" },
   hy_request: { args: ["i64", "buffer", "buffer", "u64"], returns: "i32" },
+  hy_task: { args: ["buffer", "buffer", "u64"], returns: "i32" },
   hy_close: { args: ["i64"], returns: "i32" },
   hy_active_requests: { args: ["i64"], returns: "i32" },
 } as const;
 
 /** HY_E_* as sentences. */
 const codeSentences: Readonly<Record<number, string>> = {
-  [-1]: "the engine was given a plan that it cannot read; plan and library are of different versions",
+  [-1]: "the engine was given a document that it cannot read; hypura and its library are of different versions",
   [-2]: "the engine is closed",
   [-3]: "no file descriptor is left for the engine: raise the limit (ulimit -n) or send fewer requests at once",
   [-4]: "too many models are open in this process: close one",
@@ -49,6 +50,8 @@ export interface NativeLibrary {
   open(planJson: string): { readonly engine: EngineId; readonly fd: number };
   /** Starts a request and returns its descriptor, the caller's to read and to close. */
   request(engine: EngineId, route: string, bodyJson: string): number;
+  /** Starts a task (the table is in ffi/native/tasks.cpp) and returns its descriptor, the caller's to read and to close. */
+  task(name: string, json: string): number;
   close(engine: EngineId): void;
   activeRequests(engine: EngineId): number;
 }
@@ -179,6 +182,10 @@ function bind(path: string, native: Bound): NativeLibrary {
     request(engine, route, bodyJson) {
       const body = new TextEncoder().encode(bodyJson);
       return check(native.hy_request(engine, zeroEnded(route), body, BigInt(body.byteLength)));
+    },
+    task(name, json) {
+      const bytes = new TextEncoder().encode(json);
+      return check(native.hy_task(zeroEnded(name), bytes, BigInt(bytes.byteLength)));
     },
     close: (engine) => void native.hy_close(engine),
     activeRequests: (engine) => native.hy_active_requests(engine),

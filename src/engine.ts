@@ -1,6 +1,6 @@
 // The engine as TypeScript sees it: open a plan, send requests, read events. It owns the descriptors that native
-// code writes to and turns their lines into values; nothing else in src sees native code (machine.ts asks it for
-// device facts). It knows no dialect: a route's body and chunks pass through as they are.
+// code writes to and turns their lines into values; nothing else in src sees native code (profile.ts has it
+// measure the machine). It knows no dialect: a route's body and chunks pass through as they are.
 
 import { closeSync } from "node:fs";
 import { type EngineId, nativeLibrary } from "../ffi/native";
@@ -120,6 +120,19 @@ export async function openEngine(plan: Plan, options: OpenOptions = {}): Promise
       throw error;
     },
   );
+}
+
+/** Work of native code that needs no model (the table is in ffi/native/tasks.cpp); cancelled as a request is. */
+export function runTask(
+  name: string,
+  body: object,
+  signal?: AbortSignal,
+): AsyncIterableIterator<EngineChunk> {
+  if (signal?.aborted) {
+    return refused(new HypuraError("cancelled", `${name} was cancelled`));
+  }
+  const fd = nativeLibrary().task(name, JSON.stringify(body));
+  return new RequestChunks(new EventLines(fd), signal, () => {});
 }
 
 /** llama.cpp names the cause in its own words, function names first. */

@@ -1,9 +1,11 @@
-// What this machine offers: processors that may be used and memory that is free. It owns the questions to the
-// system and nothing of what follows from the answers (plan.ts). Inside a control group the group's limit is the
+// What a machine offers: processors that may be used, memory that is free, devices, and what was measured of them. It
+// owns the value, the questions to the system, and the reading of a machine from a file; nothing of what follows from
+// the answers (plan.ts), and none of the measuring (profile.ts). Inside a control group the group's limit is the
 // memory, because the kernel kills at that line whatever the machine has.
 
 import { existsSync, readFileSync } from "node:fs";
 import { availableParallelism, totalmem } from "node:os";
+import { HypuraError } from "./errors";
 
 export interface Machine {
   /** Cores that compute threads should use: physical ones (performance cores on Apple), within the affinity mask. */
@@ -18,8 +20,71 @@ export interface Machine {
     /** Set where a control group's limit is what counts. */
     readonly limitedBy: string | null;
   };
+  /** What ggml can compute on; empty where nobody has asked it (readMachine does not, loadMachine of profile.ts does). */
+  readonly devices: readonly Device[];
+  /** What was measured, for the volume that was asked about; null where nothing was, or not of this machine. */
+  readonly profile: MachineProfile | null;
 }
 
+export interface Device {
+  readonly name: string;
+  readonly description: string;
+  readonly type: "cpu" | "gpu" | "igpu" | "accel";
+  /** As ggml says; of Metal it is the recommended working set, of a processor the machine's memory. */
+  readonly totalBytes: number;
+  readonly freeBytes: number;
+  /** Its memory is the machine's own: what is placed on one is not free for the other. */
+  readonly isUnified: boolean;
+}
+
+export interface MachineProfile {
+  readonly version: 1;
+  /** What the figures depend on, as `name=value` parts joined by "; ". Another one means another machine. */
+  readonly fingerprint: string;
+  /** ISO 8601. */
+  readonly measuredAt: string;
+  readonly cpuModel: string;
+  /** Threads that the figures below were measured with. */
+  readonly computeThreads: number;
+  /** Bytes copied from memory to memory, counted once. */
+  readonly copyBytesPerSecond: number;
+  /** ggml's type names as the GGUF reader gives them: "q4_K", "f16". */
+  readonly products: readonly ProductSpeed[];
+  /** loadMachine gives the volume of its folder only: one entry, or none where that was not measured. */
+  readonly storage: readonly StorageSpeed[];
+}
+
+/** Matrix products on weights of one type, on the processor, without repacking. */
+export interface ProductSpeed {
+  readonly typeName: string;
+  /** One token: bytes of weights per second, from weights that no cache holds. */
+  readonly decodeBytesPerSecond: number;
+  /** A batch of 512 tokens: floating-point operations (two for each weight and token) per second. */
+  readonly prefillFlopsPerSecond: number;
+}
+
+export interface StorageSpeed {
+  /** As `mount` prints it: "/dev/nvme0n1p2 on / (ext4)". */
+  readonly volume: string;
+  /** ISO 8601. */
+  readonly measuredAt: string;
+  /** Read past the page cache; false where the file system cannot. */
+  readonly direct: boolean;
+  readonly reads: readonly ReadSpeed[];
+  readonly bestBytesPerSecond: number;
+  /** The smallest reads in flight that come near the best bandwidth. */
+  readonly best: { readonly readBytes: number; readonly depth: number };
+}
+
+/** Reads of one size at random places of a cold file, `depth` of them in flight. */
+export interface ReadSpeed {
+  readonly readBytes: number;
+  readonly depth: number;
+  readonly bytesPerSecond: number;
+  readonly latencySeconds: { readonly p50: number; readonly p99: number };
+}
+
+/** Asks the system only: no device, no profile. */
 export function readMachine(): Machine {
   return process.platform === "darwin" ? readDarwin() : readLinux();
 }
@@ -42,6 +107,8 @@ function readLinux(): Machine {
       availableBytes: isLimited ? Math.min(available, group.limitBytes - group.usedBytes) : available,
       limitedBy: isLimited ? group.path : null,
     },
+    devices: [],
+    profile: null,
   };
 }
 
@@ -125,10 +192,156 @@ function readDarwin(): Machine {
       availableBytes: Math.min(totalmem(), reclaimable * pageBytes),
       limitedBy: null,
     },
+    devices: [],
+    profile: null,
   };
 }
 
 function outputOf(command: string[]): string {
   const result = Bun.spawnSync(command, { stdout: "pipe", stderr: "ignore" });
   return result.success ? result.stdout.toString() : "";
+}
+
+// ---- a machine from a file ----------------------------------------------------------------------------------------
+
+/** The machine that `hypura profile --json` printed somewhere. Throws `usage` with the field that is wrong. */
+export function validateMachine(json: unknown): Machine {
+  const machine = fieldsOf(json, "");
+  const memory = fieldsOf(machine.value("memory"), "memory.");
+  const totalBytes = memory.size("totalBytes");
+  const availableBytes = memory.size("availableBytes");
+  if (availableBytes > totalBytes) {
+    throw wrong("memory.availableBytes", `at most memory.totalBytes, which is ${totalBytes}`, availableBytes);
+  }
+  return {
+    computeCores: machine.count("computeCores"),
+    hasDirectLoad: machine.flag("hasDirectLoad"),
+    memory: { totalBytes, availableBytes, limitedBy: memory.textOrNull("limitedBy") },
+    devices: machine.list("devices", deviceOf),
+    profile: machine.value("profile") === null ? null : validateProfile(machine.value("profile"), "profile."),
+  };
+}
+
+/** The profile in `json`; `at` is said before the name of the field that is wrong. */
+export function validateProfile(json: unknown, at = ""): MachineProfile {
+  const profile = fieldsOf(json, at);
+  const version = profile.value("version");
+  if (version !== 1) {
+    throw wrong(`${at}version`, "1, the only version of a profile that there is", version);
+  }
+  return {
+    version,
+    fingerprint: profile.text("fingerprint"),
+    measuredAt: profile.moment("measuredAt"),
+    cpuModel: profile.text("cpuModel"),
+    computeThreads: profile.count("computeThreads"),
+    copyBytesPerSecond: profile.rate("copyBytesPerSecond"),
+    products: profile.list("products", (product) => ({
+      typeName: product.text("typeName"),
+      decodeBytesPerSecond: product.rate("decodeBytesPerSecond"),
+      prefillFlopsPerSecond: product.rate("prefillFlopsPerSecond"),
+    })),
+    storage: profile.list("storage", storageOf),
+  };
+}
+
+const deviceTypes = ["cpu", "gpu", "igpu", "accel"] as const;
+
+function deviceOf(device: Fields): Device {
+  const type = device.text("type");
+  const known = deviceTypes.find((one) => one === type);
+  if (known === undefined) {
+    throw wrong(`${device.at}type`, `one of ${deviceTypes.join(", ")}`, type);
+  }
+  return {
+    name: device.text("name"),
+    description: device.text("description"),
+    type: known,
+    totalBytes: device.size("totalBytes"),
+    freeBytes: device.size("freeBytes"),
+    isUnified: device.flag("isUnified"),
+  };
+}
+
+function storageOf(storage: Fields): StorageSpeed {
+  const best = fieldsOf(storage.value("best"), `${storage.at}best.`);
+  return {
+    volume: storage.text("volume"),
+    measuredAt: storage.moment("measuredAt"),
+    direct: storage.flag("direct"),
+    reads: storage.list("reads", (read) => {
+      const latency = fieldsOf(read.value("latencySeconds"), `${read.at}latencySeconds.`);
+      return {
+        readBytes: read.count("readBytes"),
+        depth: read.count("depth"),
+        bytesPerSecond: read.rate("bytesPerSecond"),
+        latencySeconds: { p50: latency.rate("p50"), p99: latency.rate("p99") },
+      };
+    }),
+    bestBytesPerSecond: storage.rate("bestBytesPerSecond"),
+    best: { readBytes: best.count("readBytes"), depth: best.count("depth") },
+  };
+}
+
+/** The fields of one object, each taken with the check that it needs; `at` names the object: "profile.storage[0]." */
+interface Fields {
+  readonly at: string;
+  value(name: string): unknown;
+  text(name: string): string;
+  textOrNull(name: string): string | null;
+  flag(name: string): boolean;
+  /** A whole number from 1. */
+  count(name: string): number;
+  /** A whole number from 0. */
+  size(name: string): number;
+  /** A number above 0. */
+  rate(name: string): number;
+  moment(name: string): string;
+  list<T>(name: string, read: (fields: Fields) => T): readonly T[];
+}
+
+function fieldsOf(json: unknown, at: string): Fields {
+  if (typeof json !== "object" || json === null || Array.isArray(json)) {
+    throw wrong(at.replace(/\.$/, "") || "it", "an object", json);
+  }
+  const object = json as Readonly<Record<string, unknown>>;
+  const value = (name: string): unknown => {
+    if (!Object.hasOwn(object, name)) {
+      throw new HypuraError("usage", `the machine lacks the field ${at}${name}: ${remedy}`);
+    }
+    return object[name];
+  };
+  const taken = <T>(name: string, wanted: string, isRight: (one: unknown) => boolean): T => {
+    const one = value(name);
+    if (!isRight(one)) {
+      throw wrong(`${at}${name}`, wanted, one);
+    }
+    return one as T;
+  };
+  const isText = (one: unknown): boolean => typeof one === "string";
+  const isWhole = (one: unknown, least: number): boolean =>
+    Number.isSafeInteger(one) && (one as number) >= least;
+  return {
+    at,
+    value,
+    text: (name) => taken(name, "a text", isText),
+    textOrNull: (name) => taken(name, "a text or null", (one) => one === null || isText(one)),
+    flag: (name) => taken(name, "true or false", (one) => typeof one === "boolean"),
+    count: (name) => taken(name, "a whole number from 1", (one) => isWhole(one, 1)),
+    size: (name) => taken(name, "a whole number of bytes", (one) => isWhole(one, 0)),
+    rate: (name) => taken(name, "a number above 0", (one) => Number.isFinite(one) && (one as number) > 0),
+    moment: (name) => taken(name, "a date", (one) => isText(one) && !Number.isNaN(Date.parse(one as string))),
+    list: (name, read) =>
+      taken<readonly unknown[]>(name, "a list", Array.isArray).map((one, index) =>
+        read(fieldsOf(one, `${at}${name}[${index}].`)),
+      ),
+  };
+}
+
+const remedy = "`hypura profile --json` prints a machine with every field";
+
+function wrong(field: string, wanted: string, found: unknown): HypuraError {
+  const text = JSON.stringify(found) ?? String(found);
+  const shown = text.length > 60 ? `${text.slice(0, 59)}…` : text;
+  return new HypuraError("usage", `in the machine, ${field} must be ${wanted}, and is ${shown}: ${remedy}`);
 }

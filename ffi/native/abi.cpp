@@ -6,6 +6,7 @@
 
 #include "engine.h"
 #include "events.h"
+#include "tasks.h"
 
 #include <functional>
 #include <map>
@@ -104,6 +105,32 @@ int32_t hy_request(int64_t engine, const char * route, const uint8_t * body_json
         }
         try {
             it->second->request(std::move(path), std::move(body), pair.ours);
+        } catch (...) {
+            close(pair.theirs);
+            throw;
+        }
+        return pair.theirs;
+    } catch (const std::system_error &) {
+        return HY_E_THREAD;
+    } catch (...) {
+        return HY_E_INTERNAL;
+    }
+}
+
+int32_t hy_task(const char * name, const uint8_t * json, uint64_t bytes) {
+    hypura::TaskBody body;
+    try {
+        body = hypura::parse_task(name, {reinterpret_cast<const char *>(json), static_cast<size_t>(bytes)});
+    } catch (...) {
+        return HY_E_JSON;
+    }
+    try {
+        const hypura::EventPair pair = hypura::make_event_pair();
+        if (pair.ours < 0) {
+            return HY_E_DESCRIPTOR;
+        }
+        try {
+            hypura::start_task(std::move(body), pair.ours);
         } catch (...) {
             close(pair.theirs);
             throw;

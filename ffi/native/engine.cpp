@@ -28,13 +28,12 @@ namespace hypura {
 
 // ------------------------------------------------------------------------------------------------ the plan
 
-namespace {
-
-// ggml's registry of devices has no lock, and llama.cpp walks it while it loads: one engine at a time.
 std::mutex & registry_mutex() {
     static auto * m = new std::mutex;
     return *m;
 }
+
+namespace {
 
 uint32_t u32(const common_json & o, const char * key) {
     const int64_t v = o.at(key).get<int64_t>();

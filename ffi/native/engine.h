@@ -92,6 +92,10 @@ struct EngineSeams {
 // Throws std::exception when `json` is not a plan.
 OpenPlan parse_plan(std::string_view json);
 
+// ggml's registry of devices has no lock, and llama.cpp walks it while it loads: one engine at a time, and whoever else
+// walks it.
+std::mutex & registry_mutex();
+
 // Facts about the build as a JSON object.
 std::string build_info_json();
 

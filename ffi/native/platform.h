@@ -96,6 +96,14 @@ void close_file(int descriptor);
 // Bytes read, 0 at the end of the file, or -errno. One system call.
 int64_t read_at(int descriptor, uint64_t offset, Span<std::byte> into);
 
+// A new file to write (EEXIST where there is one), past the page cache where the file system can (`*direct`). >= 0: a
+// descriptor, close-on-exec. < 0: -errno.
+int create_write(const char* path, bool* direct);
+// Bytes written or -errno. One system call.
+int64_t write_at(int descriptor, uint64_t offset, Span<const std::byte> from);
+// Waits until the file is on the storage: 0 or -errno.
+int sync_file(int descriptor);
+
 // What tells a file from another one and from its own later contents.
 struct FileIdentity {
     uint64_t bytes;

@@ -73,6 +73,26 @@ int64_t read_at(int descriptor, uint64_t offset, Span<std::byte> into) {
     return n < 0 ? -static_cast<int64_t>(errno) : n;
 }
 
+int create_write(const char* path, bool* direct) {
+    constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
+    int descriptor = open(path, kFlags | O_DIRECT, 0600);
+    *direct = descriptor >= 0;
+    if (descriptor < 0 && errno == EINVAL) {
+        unlink(path); // some kernels make the file before they refuse the flag
+        descriptor = open(path, kFlags, 0600);
+    }
+    return descriptor < 0 ? -errno : descriptor;
+}
+
+int64_t write_at(int descriptor, uint64_t offset, Span<const std::byte> from) {
+    ssize_t n = pwrite(descriptor, from.data, from.count, static_cast<off_t>(offset));
+    return n < 0 ? -static_cast<int64_t>(errno) : n;
+}
+
+int sync_file(int descriptor) {
+    return fsync(descriptor) == 0 ? 0 : -errno;
+}
+
 int identify(int descriptor, FileIdentity* identity) {
     struct stat st;
     if (fstat(descriptor, &st) != 0) {

@@ -144,7 +144,7 @@ function anyRule(path: string, text: string): readonly Found[] {
 
 // ---- native code --------------------------------------------------------------------------------------------
 
-const dataPlane = /^(platform|reader|neuron_cache|stream)(_\w+)?\.(cpp|h|mm)$/;
+const dataPlane = /^(platform|reader|neuron_cache|stream|measure)(_\w+)?\.(cpp|h|mm)$/;
 const ggmlPublic = /^(ggml|ggml-(alloc|backend|cpu|cpp|cuda|metal)|gguf)\.h$/;
 const ggmlInternal = /^ggml-.*(impl|common|quants|threading).*\.h$/;
 
@@ -154,7 +154,10 @@ function mayInclude(file: string, name: string): boolean {
     return file === "backend.cpp";
   }
   if (ggmlPublic.test(name)) {
-    return file === "engine.cpp" || /^(backend|computer)\.(cpp|h)$/.test(file);
+    return ["engine.cpp", "products.cpp", "tasks.cpp"].includes(file) || /^(backend|computer)\.(cpp|h)$/.test(file);
+  }
+  if (name === "json.h") {
+    return file === "engine.cpp" || file === "tasks.cpp";
   }
   return file === "engine.cpp"; // llama.h, the server core's and common's
 }
