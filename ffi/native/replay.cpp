@@ -42,6 +42,7 @@ public:
     uint32_t op(uint32_t stride) const { return shape_.op_of[stride]; }
     // Its read is under way.
     bool active(uint32_t stride) const { return active_[stride] != 0; }
+    uint32_t active_count() const { return active_count_; }
     std::vector<Table>& all() { return tables_; }
 
     bool admit(uint32_t stride, Purpose purpose) {
@@ -51,19 +52,19 @@ public:
     }
     void pin(uint32_t stride) { of(stride).cache.pin(local(stride)); }
     void unpin(uint32_t stride) { of(stride).cache.unpin(local(stride)); }
-    void start(uint32_t stride) { active_[stride] = 1; }
+    void start(uint32_t stride) { set_active(stride, true); }
     void complete(uint32_t stride) {
-        active_[stride] = 0;
+        set_active(stride, false);
         of(stride).cache.complete(local(stride));
         of(stride).counts.reads++;
         of(stride).counts.read_bytes += of(stride).stride_bytes;
     }
     void fail(uint32_t stride) {
-        active_[stride] = 0;
+        set_active(stride, false);
         of(stride).cache.fail(local(stride));
     }
     void cancel(uint32_t stride) {
-        active_[stride] = 0;
+        set_active(stride, false);
         of(stride).cache.cancel(local(stride));
     }
     // As Stream::start_reads counts an admitted lease.
@@ -77,7 +78,7 @@ public:
             table.counts.late_hits++;
         } else {
             table.counts.misses++;
-            active_[stride] = state(stride) == StrideState::kReading ? 1 : 0;
+            set_active(stride, state(stride) == StrideState::kReading);
         }
     }
     void abandon() {
@@ -124,9 +125,16 @@ public:
     }
 
 private:
+    void set_active(uint32_t stride, bool on) {
+        active_count_ += on ? 1 : 0;
+        active_count_ -= active_[stride];
+        active_[stride] = on ? 1 : 0;
+    }
+
     const ReplayShape& shape_;
     std::vector<uint32_t> local_;
     std::vector<uint8_t> active_;
+    uint32_t active_count_ = 0;
     std::vector<Table> tables_;
 };
 
@@ -143,15 +151,18 @@ ReplayCounts difference(const ReplayCounts& after, const ReplayCounts& before) {
 // Cuts the running counts into passes.
 class PassLog {
 public:
-    void time(const TraceRecord& record) {
+    void time(const TraceRecord& record, bool reading) {
         now_us_ += record.passed_us;
+        if (open_ && reading) {
+            log_.back().reading_us += record.passed_us;
+        }
         if (record.kind == TraceKind::kStall && open_) {
             log_.back().stall_us += record.argument;
         }
     }
     void begin(uint32_t token_count, const ReplayCounts& now) {
         end(now);
-        log_.push_back({token_count, now_us_, 0, {}});
+        log_.push_back({token_count, now_us_, 0, 0, {}});
         start_ = now;
         open_ = true;
     }
@@ -212,7 +223,7 @@ private:
         } else if (!reader_.next(&record_)) {
             return false;
         }
-        log_.time(record_);
+        log_.time(record_, tables_.active_count() > 0);
         return true;
     }
     const TraceRecord* peek() {
@@ -386,7 +397,7 @@ public:
         TraceRecord record;
         bool ended = false;
         while (!ended && error_.empty() && reader_.next(&record)) {
-            log_.time(record);
+            log_.time(record, false);
             ended = record.kind == TraceKind::kEnd;
             if (record.kind == TraceKind::kPass) {
                 end_round();
@@ -404,6 +415,14 @@ public:
             tables_.finish(&result);
         }
         result.passes = log_.take();
+        for (size_t i = model_.count_from; i < result.passes.size(); i++) {
+            const ReplayPass& pass = result.passes[i];
+            if (pass.token_count <= model_.decode_tokens) {
+                result.decode.passes++;
+                result.decode.asked_bytes += pass.counts.asked_bytes;
+                result.decode.read_bytes += pass.counts.read_bytes;
+            }
+        }
         return result;
     }
 
@@ -574,10 +593,11 @@ private:
 // The uses of one class in their order, each once however many waves it took.
 struct Uses {
     std::vector<uint32_t> strides;
+    std::vector<uint8_t> decoding; // of each: in a step of decoding that counts
     size_t count_from = 0;
 };
 
-ReplayCounts optimum_of(const Uses& uses, uint32_t slot_count, uint64_t stride_bytes) {
+ReplayCounts optimum_of(const Uses& uses, uint32_t slot_count, uint64_t stride_bytes, ReplayDecode* decode) {
     const size_t never = uses.strides.size();
     uint32_t stride_count = 0;
     for (uint32_t stride : uses.strides) {
@@ -600,6 +620,8 @@ ReplayCounts optimum_of(const Uses& uses, uint32_t slot_count, uint64_t stride_b
         bool hit = resident[stride] != absent;
         counts.hits += counted && hit ? 1 : 0;
         counts.misses += counted && !hit ? 1 : 0;
+        decode->asked_bytes += uses.decoding[i] ? stride_bytes : 0;
+        decode->read_bytes += uses.decoding[i] && !hit ? stride_bytes : 0;
         if (!hit && held == slot_count) {
             while (resident[later.top().second] != later.top().first) {
                 later.pop();
@@ -644,10 +666,13 @@ ReplayResult replay_optimum(Span<const uint8_t> records, const ReplayShape& shap
     TraceRecord record;
     std::vector<Uses> uses(classes.size());
     uint32_t passes = 0;
+    bool decoding = false;
     bool ended = false;
     while (!ended && result.error.empty() && reader.next(&record)) {
         ended = record.kind == TraceKind::kEnd;
         if (record.kind == TraceKind::kPass) {
+            decoding = passes >= model.count_from && record.argument <= model.decode_tokens;
+            result.decode.passes += decoding ? 1 : 0;
             if (passes++ == model.count_from) {
                 for (Uses& one : uses) {
                     one.count_from = one.strides.size();
@@ -657,14 +682,16 @@ ReplayResult replay_optimum(Span<const uint8_t> records, const ReplayShape& shap
         }
         for (const TraceRecord::Use& use : record.uses) {
             if (!use.again) {
-                uses[shape.class_of[use.stride]].strides.push_back(use.stride);
+                Uses& into = uses[shape.class_of[use.stride]];
+                into.strides.push_back(use.stride);
+                into.decoding.push_back(decoding ? 1 : 0);
             }
         }
     }
     result.error = result.error.empty() ? reader.error() : result.error;
     result.cut_off = !ended;
     for (uint32_t c = 0; c < classes.size() && result.error.empty(); c++) {
-        result.classes.push_back(optimum_of(uses[c], classes[c].slot_count, shape.stride_bytes[c]));
+        result.classes.push_back(optimum_of(uses[c], classes[c].slot_count, shape.stride_bytes[c], &result.decode));
     }
     return result;
 }

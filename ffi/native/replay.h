@@ -39,16 +39,25 @@ struct ReplayPass {
     uint32_t token_count = 0;
     uint64_t start_us = 0; // since the first record
     uint64_t stall_us = 0;
+    uint64_t reading_us = 0; // with at least one read under way; verbatim only
     ReplayCounts counts;
+};
+
+// A pass of so few tokens is a step of decoding; larger ones are prompts.
+struct ReplayDecode {
+    uint32_t passes = 0;
+    uint64_t asked_bytes = 0;
+    uint64_t read_bytes = 0;
 };
 
 struct ReplayResult {
     std::string error; // empty: none
     bool cut_off = false;
     std::vector<ReplayCounts> classes;
-    std::vector<ReplayPass> passes;      // verbatim and model
-    std::vector<uint64_t> recorded;      // verbatim: kTraceEndFields for each class, empty when cut off
-    std::vector<PolicyKind> effective;   // by class, after the guard
+    ReplayDecode decode;               // model and optimum: of the counted passes
+    std::vector<ReplayPass> passes;    // verbatim and model
+    std::vector<uint64_t> recorded;    // verbatim: kTraceEndFields for each class, empty when cut off
+    std::vector<PolicyKind> effective; // by class, after the guard
 };
 
 using ReplayCancelled = std::function<bool()>; // asked once a pass
@@ -66,6 +75,7 @@ ReplayResult replay_verbatim(Span<const uint8_t> records, const ReplayShape& sha
 struct ReplayModel {
     uint32_t lookahead_strides = 0;
     uint32_t count_from = 0;
+    uint32_t decode_tokens = 1;
 };
 ReplayResult replay_model(Span<const uint8_t> records, const ReplayShape& shape,
                           const std::vector<ReplayClass>& classes, const ReplayModel& model,
