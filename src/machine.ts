@@ -3,8 +3,8 @@
 // the answers (plan.ts), and none of the measuring (profile.ts). Inside a control group the group's limit is the
 // memory, because the kernel kills at that line whatever the machine has.
 
-import { existsSync, readFileSync } from "node:fs";
-import { availableParallelism, totalmem } from "node:os";
+import { existsSync, readFileSync, realpathSync } from "node:fs";
+import { availableParallelism, cpus, totalmem } from "node:os";
 import { HypuraError } from "./errors";
 
 export interface Machine {
@@ -100,7 +100,10 @@ function readLinux(): Machine {
   const group = readGroupLimit();
   const isLimited = group !== null && group.limitBytes < total;
   return {
-    computeCores: Math.max(1, Math.min(availableParallelism(), physicalCoresLinux())),
+    computeCores: Math.max(
+      1,
+      Math.min(availableParallelism(), physicalCoresLinux(), groupCores() ?? Infinity),
+    ),
     hasDirectLoad: true,
     memory: {
       totalBytes: isLimited ? group.limitBytes : total,
@@ -122,28 +125,47 @@ interface GroupLimit {
 /** The tightest memory limit among this process's control group and its parents, version 1 or 2. */
 function readGroupLimit(): GroupLimit | null {
   let tightest: GroupLimit | null = null;
-  for (const line of (textOf("/proc/self/cgroup") ?? "").split("\n")) {
-    const [, controllers, path] = line.split(":");
-    if (controllers === undefined || path === undefined) {
-      continue;
-    }
-    const isUnified = controllers === "";
-    if (!isUnified && !controllers.split(",").includes("memory")) {
-      continue;
-    }
-    for (const folder of groupFolders(isUnified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory", path)) {
-      const limit = readLimit(folder, isUnified);
-      if (limit !== null && (tightest === null || limit.limitBytes < tightest.limitBytes)) {
-        tightest = limit;
-      }
+  for (const { folder, isUnified } of groupFolders("memory", textOf)) {
+    const limit = readLimit(folder, isUnified);
+    if (limit !== null && (tightest === null || limit.limitBytes < tightest.limitBytes)) {
+      tightest = limit;
     }
   }
   return tightest;
 }
 
-function groupFolders(mount: string, path: string): readonly string[] {
-  const parts = path.split("/").filter((part) => part !== "");
-  return Array.from({ length: parts.length + 1 }, (_, depth) => [mount, ...parts.slice(0, depth)].join("/"));
+type Read = (path: string) => string | null;
+
+/** The folders of this process's control group for a controller and of its parents. */
+function groupFolders(controller: string, read: Read): readonly { folder: string; isUnified: boolean }[] {
+  return (read("/proc/self/cgroup") ?? "").split("\n").flatMap((line) => {
+    const [, controllers, path] = line.split(":");
+    const isUnified = controllers === "";
+    if (path === undefined || !(isUnified || controllers?.split(",").includes(controller))) {
+      return [];
+    }
+    const mount = isUnified ? "/sys/fs/cgroup" : `/sys/fs/cgroup/${controller}`;
+    const parts = path.split("/").filter((part) => part !== "");
+    return Array.from({ length: parts.length + 1 }, (_, depth) => ({
+      folder: [mount, ...parts.slice(0, depth)].join("/"),
+      isUnified,
+    }));
+  });
+}
+
+/**
+ * The processors' worth of time that control groups leave to this process, rounded up; null without a limit. More
+ * threads than that are stopped together for the rest of each period, and all wait for the last at the next barrier.
+ */
+export function groupCores(read: Read = textOf): number | null {
+  const limits = groupFolders("cpu", read).flatMap(({ folder, isUnified }) => {
+    const [quota, period] = isUnified
+      ? (read(`${folder}/cpu.max`) ?? "").trim().split(" ")
+      : [read(`${folder}/cpu.cfs_quota_us`)?.trim(), read(`${folder}/cpu.cfs_period_us`)?.trim()];
+    const cores = Number(quota || Number.NaN) / Number(period || Number.NaN);
+    return cores > 0 && Number.isFinite(cores) ? [Math.ceil(cores)] : []; // "max", -1 or nothing: no limit
+  });
+  return limits.length === 0 ? null : Math.min(...limits);
 }
 
 function readLimit(folder: string, isUnified: boolean): GroupLimit | null {
@@ -158,13 +180,30 @@ function readLimit(folder: string, isUnified: boolean): GroupLimit | null {
   return { path: folder, limitBytes: Number(limit), usedBytes: Math.max(0, used - cached) };
 }
 
+/** Physical cores within the affinity mask. */
 function physicalCoresLinux(): number {
+  const allowed = parseCpuList(
+    /^Cpus_allowed_list:\s*(\S+)/m.exec(textOf("/proc/self/status") ?? "")?.[1] ?? "",
+  );
   const cores = new Set<string>();
   for (let cpu = 0; existsSync(`/sys/devices/system/cpu/cpu${cpu}`); cpu++) {
-    const siblings = textOf(`/sys/devices/system/cpu/cpu${cpu}/topology/thread_siblings_list`);
-    cores.add(siblings ?? String(cpu));
+    if (allowed.size === 0 || allowed.has(cpu)) {
+      cores.add(textOf(`/sys/devices/system/cpu/cpu${cpu}/topology/thread_siblings_list`) ?? String(cpu));
+    }
   }
   return cores.size || availableParallelism();
+}
+
+/** "0-2,5" -> 0, 1, 2, 5. */
+export function parseCpuList(text: string): ReadonlySet<number> {
+  const cpus = new Set<number>();
+  for (const part of text.split(",")) {
+    const [, first, last] = /^(\d+)(?:-(\d+))?$/.exec(part.trim()) ?? [];
+    for (let cpu = Number(first); cpu <= Number(last ?? first); cpu++) {
+      cpus.add(cpu);
+    }
+  }
+  return cpus;
 }
 
 function textOf(path: string): string | null {
@@ -200,6 +239,81 @@ function readDarwin(): Machine {
 function outputOf(command: string[]): string {
   const result = Bun.spawnSync(command, { stdout: "pipe", stderr: "ignore" });
   return result.success ? result.stdout.toString() : "";
+}
+
+// ---- the processor and the volumes, for who measures them ----------------------------------------------------------
+
+export interface Processor {
+  readonly model: string;
+  /** Processors that the system shows this process, hyper-threads included. */
+  readonly logicalCores: number;
+  /** All last-level caches together; null where the system does not tell. */
+  readonly cacheBytes: number | null;
+}
+
+export function readProcessor(): Processor {
+  const model = cpus()[0]?.model.trim() ?? "";
+  return {
+    model: /^(unknown)?$/i.test(model) ? `${process.arch} processor` : model,
+    logicalCores: availableParallelism(),
+    cacheBytes: process.platform === "linux" ? cacheBytesLinux() : null,
+  };
+}
+
+function cacheBytesLinux(): number | null {
+  const lastLevel = new Map<string, number>();
+  for (let cpu = 0; existsSync(`/sys/devices/system/cpu/cpu${cpu}`); cpu++) {
+    for (let index = 9; index >= 0; index--) {
+      const folder = `/sys/devices/system/cpu/cpu${cpu}/cache/index${index}`;
+      const [, size, unit] = /^(\d+)([KM])/.exec(textOf(`${folder}/size`) ?? "") ?? [];
+      if (size !== undefined) {
+        const bytes = Number(size) * (unit === "M" ? 1_048_576 : 1024);
+        lastLevel.set(textOf(`${folder}/shared_cpu_list`) ?? String(cpu), bytes);
+        break;
+      }
+    }
+  }
+  return lastLevel.size === 0 ? null : [...lastLevel.values()].reduce((sum, bytes) => sum + bytes, 0);
+}
+
+/** The volume that holds `path`, as `mount` prints it. Throws `not-found`. */
+export function volumeOf(path: string): string {
+  let real: string;
+  try {
+    real = realpathSync(path);
+  } catch (cause) {
+    throw new HypuraError("not-found", `${path} cannot be found: give a file or a folder that exists`, {
+      cause,
+    });
+  }
+  return process.platform === "linux"
+    ? mountOf(real, textOf("/proc/self/mountinfo") ?? "")
+    : (/^(\S+).*?(\/[^\n]*)$/m
+        .exec(outputOf(["df", "-P", real]).split("\n")[1] ?? "")
+        ?.slice(1, 3)
+        .join(" on ") ?? real);
+}
+
+/** The last mount with the longest mount point above `path` (proc(5), mountinfo). */
+export function mountOf(path: string, mountInfo: string): string {
+  let best = { point: "", text: path };
+  for (const line of mountInfo.split("\n")) {
+    const [before = "", after = ""] = line.split(" - ");
+    const point = unescaped(before.split(" ")[4] ?? "");
+    const [type, source] = after.split(" ");
+    const isAbove =
+      point !== "" && (path === point || path.startsWith(point.endsWith("/") ? point : `${point}/`));
+    if (isAbove && source !== undefined && point.length >= best.point.length) {
+      best = { point, text: `${unescaped(source)} on ${point} (${type})` };
+    }
+  }
+  return best.text;
+}
+
+function unescaped(text: string): string {
+  return text.replace(/\\([0-7]{3})/g, (_, digits: string) =>
+    String.fromCharCode(Number.parseInt(digits, 8)),
+  );
 }
 
 // ---- a machine from a file ----------------------------------------------------------------------------------------

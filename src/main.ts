@@ -23,6 +23,14 @@ const commands: Readonly<Record<string, Entry>> = {
     summary: "Show what a model file holds and how it would run here",
     load: async () => (await import("./cli/inspect")).inspectCommand,
   },
+  profile: {
+    summary: "Measure this machine: processor, memory, devices, storage",
+    load: async () => (await import("./cli/profile")).profileCommand,
+  },
+  iobench: {
+    summary: "Measure how fast a volume gives bytes, by read size and depth",
+    load: async () => (await import("./cli/iobench")).iobenchCommand,
+  },
   version: {
     summary: "Show the version of hypura and of llama.cpp in it",
     load: async () => (await import("./cli/version")).versionCommand,

@@ -18,6 +18,12 @@ export function bandwidthText(bytesPerSecond: number): string {
   return `${bytesText(bytesPerSecond)}/s`;
 }
 
+/** 171_000_000_000 -> "171 GFLOP/s". */
+export function flopsText(flopsPerSecond: number): string {
+  const giga = flopsPerSecond / 1e9;
+  return giga < 999.5 ? `${significant(giga)} GFLOP/s` : `${significant(giga / 1000)} TFLOP/s`;
+}
+
 /** 0.0124 -> "12.4 ms"; 75 -> "1 min 15 s". */
 export function durationText(seconds: number): string {
   if (seconds < 1e-3) {

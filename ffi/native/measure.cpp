@@ -198,7 +198,7 @@ bool ReadMeasure::run(const ReadCell& cell, const StopQuestion& stop, ReadFigure
                                      : "there is no memory for so many reads of this size";
         return false;
     }
-    if (!cell.direct) {
+    if (!cell.direct || platform::kDirectMeetsCache) {
         drop_files();
     }
     // Every read lands in place: the bounce buffers are never used, and so of the smallest size.

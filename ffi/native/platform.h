@@ -86,6 +86,13 @@ struct Site {
 // disks report today and the page size that the page cache works in. A file system that wants more says EINVAL.
 constexpr uint64_t kDirectAlign = 4096;
 
+// Whether a direct read takes what the page cache already has: F_NOCACHE does, O_DIRECT goes to the storage.
+#if defined(__APPLE__)
+constexpr bool kDirectMeetsCache = true;
+#else
+constexpr bool kDirectMeetsCache = false;
+#endif
+
 enum class Access : uint8_t { kBuffered, kDirect };
 
 // Neither kind reads ahead by itself. >= 0: a descriptor, read only, close-on-exec. < 0: -errno (direct access that the

@@ -10,8 +10,8 @@
 //                prefillPasses}; the durations are of the median pass
 //   reads     {files:[{path,sizeBytes}],hugePages,retryCount,retryWaitNs,pollNs,cells:[{readBytes,skewBytes,depth,direct,
 //              durationNs,seed}]}
-//             -> a chunk "opened" (from here on the files need no name), then a chunk "cell" for each cell {readCount,
-//                bytes,ns,p50Ns,p99Ns,direct,isExhausted,storageBytes: what the kernel fetched, null if it does not tell}
+//             -> a chunk "cell" for each cell {readCount,bytes,ns,p50Ns,p99Ns,direct,isExhausted,storageBytes: what the
+//                kernel fetched, null if it does not tell}
 //   scratch   {path,sizeBytes,chunkBytes,durationNs}
 //             -> one chunk {bytes,direct}: that much stands in the new file; it is gone again after an error or a cancel
 //   replay    {path,recordsOffset,strideBytes:[by class],tensors:[{strideCount,classIndex}],runs:[RUN]}; a RUN is
@@ -277,7 +277,6 @@ TaskBody reads_task(const common_json & json) {
         if (!measure.open(options, &error)) {
             throw TaskError(error);
         }
-        events.data("{}", "opened");
         for (const ReadCell & cell : cells) {
             ReadFigures figures;
             if (!measure.run(cell, [&] { return events.stopped(); }, &figures, &error)) {

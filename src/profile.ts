@@ -1,0 +1,315 @@
+// The measured machine: has native code measure it once, keeps the figures in the state folder, and knows when they no
+// longer hold. It owns the fingerprint (what the figures depend on), their age, and how long each measurement takes;
+// what a machine is stands in machine.ts, what a volume gives in storage.ts.
+
+import { join } from "node:path";
+import packageJson from "../package.json";
+import pin from "../vendor/llama.json";
+import { runTask } from "./engine";
+import { HypuraError } from "./errors";
+import {
+  type Device,
+  type Machine,
+  type MachineProfile,
+  type ProductSpeed,
+  readMachine,
+  readProcessor,
+  type StorageSpeed,
+  validateProfile,
+  volumeOf,
+} from "./machine";
+import { listState, readState, removeState, stateFolder, writeState } from "./state";
+import {
+  defaultDepths,
+  defaultReadSizes,
+  type MeasureOptions,
+  measureStorage,
+  type ReadSetting,
+  type StorageResult,
+} from "./storage";
+
+export interface LoadOptions extends MeasureOptions {
+  /** A file or a folder: the volume that matters. */
+  readonly folder: string;
+  /** cached: never measures. if-needed: what is missing, too old or of another machine. always: everything. */
+  readonly measure: "cached" | "if-needed" | "always";
+  /** How long everything may take; more is steadier. */
+  readonly seconds?: number;
+  /** What a person should know of how the figures came about. */
+  readonly onNote?: ((text: string) => void) | undefined;
+  /** Milliseconds since 1970, for tests. */
+  readonly now?: number;
+}
+
+/** What measuring everything takes, a scratch file not counted. */
+export const defaultSeconds = 10;
+
+/** Disks fill up and firmware changes: a profile older than this is measured again. */
+const lifeMs = 30 * 24 * 3600 * 1000;
+
+/** A profile for each fingerprint, so that a run in a control group does not cost the machine its own. */
+const cachePrefix = "machine-";
+
+function cacheName(fingerprint: string): string {
+  return `${cachePrefix}${Bun.hash.xxHash64(fingerprint).toString(16).padStart(16, "0")}.json`;
+}
+
+function keep(profile: MachineProfile, now: number): void {
+  const name = cacheName(profile.fingerprint);
+  writeState(name, `${JSON.stringify(profile, null, 2)}\n`);
+  for (const other of listState(cachePrefix)) {
+    if (other.name !== name && now - other.modifiedMs > lifeMs) {
+      removeState(other.name);
+    }
+  }
+}
+
+/** The types that models are made of; for another one the planner takes the nearest in bits. */
+const measuredTypes = ["f16", "q8_0", "q4_0", "q4_K", "q5_K", "q6_K", "iq4_xs", "mxfp4"] as const;
+
+/** The machine with its devices and its profile for the volume of `folder`; the profile is null where none holds. */
+export async function loadMachine(options: LoadOptions): Promise<Machine> {
+  const devices = await readDevices(options);
+  const machine: Machine = { ...readMachine(), devices };
+  const volume = volumeOf(options.folder);
+  const fingerprint = fingerprintOf(machine);
+  const kept = readKept(fingerprint, options);
+  if (options.measure === "cached") {
+    return { ...machine, profile: kept === null ? null : forVolume(kept, volume) };
+  }
+  const needsAll = kept === null || options.measure === "always";
+  const base = needsAll ? await measureProcessor(machine, fingerprint, options) : kept;
+  const others = (kept?.storage ?? []).filter((one) => one.volume !== volume);
+  const known = kept?.storage.find((one) => one.volume === volume);
+  const storage = needsAll || known === undefined ? await measureVolume(options) : known;
+  const profile = { ...base, storage: storage === null ? others : [storage, ...others] };
+  if (profile !== kept && (needsAll || storage !== known)) {
+    keep(profile, options.now ?? Date.now());
+  }
+  return { ...machine, profile: forVolume(profile, volume) };
+}
+
+/** Keeps what `hypura iobench` found, where there is a profile to keep it in. Says whether it did. */
+export async function keepStorage(
+  speed: StorageSpeed,
+  options: Omit<LoadOptions, "measure">,
+): Promise<boolean> {
+  const machine: Machine = { ...readMachine(), devices: await readDevices(options) };
+  const kept = readKept(fingerprintOf(machine), { ...options, measure: "cached" });
+  if (kept === null) {
+    return false;
+  }
+  const others = kept.storage.filter((one) => one.volume !== speed.volume);
+  keep({ ...kept, storage: [speed, ...others] }, options.now ?? Date.now());
+  return true;
+}
+
+function forVolume(profile: MachineProfile, volume: string): MachineProfile {
+  return { ...profile, storage: profile.storage.filter((one) => one.volume === volume) };
+}
+
+// ---- what holds -------------------------------------------------------------------------------------------------------
+
+/** Memory that a kernel or a hypervisor takes a little more or less of is still the same memory. */
+const memoryStepBytes = 268_435_456;
+
+/** Everything that the figures depend on, but for the volume, which each of storage's figures names. */
+export function fingerprintOf(machine: Machine): string {
+  const { model, logicalCores } = readProcessor();
+  const devices = machine.devices
+    .filter((one) => one.type !== "cpu")
+    .map((one) => `${one.name} ${one.description}`);
+  const parts: Readonly<Record<string, string | number>> = {
+    processor: model,
+    cores: `${machine.computeCores} of ${logicalCores}`,
+    memory: Math.round(machine.memory.totalBytes / memoryStepBytes) * memoryStepBytes,
+    limit: machine.memory.limitedBy === null ? "none" : "control group",
+    devices: devices.join(", ") || "none",
+    hypura: packageJson.version,
+    llama: pin.release,
+  };
+  return Object.entries(parts)
+    .map(([name, value]) => `${name}=${value}`)
+    .join("; ");
+}
+
+/** The names of the parts in which two fingerprints differ: "cores, llama". */
+export function differenceOf(one: string, other: string): string {
+  const parts = (text: string): readonly string[] => text.split("; ");
+  return parts(one)
+    .filter((part) => !parts(other).includes(part))
+    .map((part) => part.slice(0, part.indexOf("=")))
+    .join(", ");
+}
+
+/** The kept profile with the storage that is still young; null where it does not hold. Says why. */
+function readKept(
+  fingerprint: string,
+  { measure, now = Date.now(), onNote }: LoadOptions,
+): MachineProfile | null {
+  const again = measure === "cached" ? "`hypura profile` measures again" : "measuring again";
+  const name = cacheName(fingerprint);
+  const text = readState(name);
+  if (text === null) {
+    const last = listState(cachePrefix).map((other) => parseKept(readState(other.name)))[0];
+    if (last !== undefined && last !== null) {
+      onNote?.(
+        `this is not the machine that was measured last (${differenceOf(fingerprint, last.fingerprint)}): ${again}`,
+      );
+    }
+    return null;
+  }
+  const kept = parseKept(text);
+  if (kept?.fingerprint !== fingerprint) {
+    onNote?.(`the kept profile ${join(stateFolder(), name)} is damaged: ${again}`);
+    return null;
+  }
+  const isYoung = (measuredAt: string): boolean => Math.abs(now - Date.parse(measuredAt)) < lifeMs;
+  if (!isYoung(kept.measuredAt)) {
+    onNote?.(`the kept profile is more than 30 days old: ${again}`);
+    return null;
+  }
+  return { ...kept, storage: kept.storage.filter((one) => isYoung(one.measuredAt)) };
+}
+
+function parseKept(text: string | null): MachineProfile | null {
+  try {
+    return validateProfile(JSON.parse(text ?? ""));
+  } catch {
+    return null; // damaged; who asks says so
+  }
+}
+
+// ---- measuring --------------------------------------------------------------------------------------------------------
+
+/** How the time is divided; the rest is what cannot be hurried: filling memory, starting threads. */
+const shares = { copy: 0.03, product: 0.012, readSetting: 0.024 } as const;
+
+/** A share of the whole for the bar that shows progress. */
+const progressOf = { copy: 0.05, products: 0.3 } as const;
+
+async function readDevices({ run = runTask, signal }: MeasureOptions): Promise<readonly Device[]> {
+  for await (const { data } of run("devices", {}, signal)) {
+    return (data as { readonly devices: readonly Device[] }).devices;
+  }
+  throw new HypuraError("internal", "ggml's devices were listed without a word");
+}
+
+async function measureProcessor(
+  machine: Machine,
+  fingerprint: string,
+  options: LoadOptions,
+): Promise<MachineProfile> {
+  const { model } = readProcessor();
+  const computeThreads = machine.computeCores;
+  options.onProgress?.("memory", 0);
+  const copyBytesPerSecond = await measureCopy(machine, options);
+  const products = await measureProducts(machine, options);
+  return {
+    version: 1,
+    fingerprint,
+    measuredAt: new Date(options.now ?? Date.now()).toISOString(),
+    cpuModel: model,
+    computeThreads,
+    copyBytesPerSecond,
+    products,
+    storage: [],
+  };
+}
+
+/** Twice the caches, and enough for a steady figure; a machine that is short of memory gives an eighth of what is free. */
+function workingBytes({ memory }: Machine): number {
+  const wanted = Math.max(268_435_456, 2 * (readProcessor().cacheBytes ?? 0));
+  const most = Math.max(33_554_432, Math.min(1_073_741_824, memory.availableBytes / 8));
+  return Math.floor(Math.min(wanted, most) / 4096) * 4096;
+}
+
+async function measureCopy(machine: Machine, options: LoadOptions): Promise<number> {
+  const { run = runTask, signal, seconds = defaultSeconds } = options;
+  const body = {
+    threads: machine.computeCores,
+    bufferBytes: workingBytes(machine) / 2,
+    durationNs: Math.round(seconds * shares.copy * 1e9),
+  };
+  for await (const { data } of run("copy", body, signal)) {
+    const { bytes, ns } = data as { readonly bytes: number; readonly ns: number };
+    return Math.round((bytes / Math.max(1, ns)) * 1e9);
+  }
+  throw new HypuraError("internal", "copying memory was measured without a word");
+}
+
+interface ProductFigures {
+  readonly typeName: string;
+  readonly decodeBytes: number;
+  readonly decodeNs: number;
+  readonly prefillFlops: number;
+  readonly prefillNs: number;
+}
+
+async function measureProducts(machine: Machine, options: LoadOptions): Promise<readonly ProductSpeed[]> {
+  const { run = runTask, signal, onProgress, seconds = defaultSeconds } = options;
+  const body = {
+    threads: machine.computeCores,
+    pollPercent: 50, // llama.cpp's default, and a resident plan's
+    types: measuredTypes,
+    weightBytes: workingBytes(machine),
+    tensorBytes: 8_388_608, // a matrix of a model of a few billion weights
+    rowElements: 4096,
+    batchTokens: 512,
+    batchRows: 1024,
+    durationNs: Math.round(seconds * shares.product * 1e9),
+  };
+  const products: ProductSpeed[] = [];
+  const tell = (): void => {
+    const done = products.length / measuredTypes.length;
+    const span = progressOf.products - progressOf.copy;
+    onProgress?.(
+      `products with ${measuredTypes[products.length] ?? "weights"}`,
+      progressOf.copy + span * done,
+    );
+  };
+  tell();
+  for await (const { data } of run("products", body, signal)) {
+    const { typeName, decodeBytes, decodeNs, prefillFlops, prefillNs } = data as ProductFigures;
+    products.push({
+      typeName,
+      decodeBytesPerSecond: Math.round((decodeBytes / decodeNs) * 1e9),
+      prefillFlopsPerSecond: Math.round((prefillFlops / prefillNs) * 1e9),
+    });
+    tell();
+  }
+  return products;
+}
+
+/** The settings that a profile holds: direct and aligned. */
+export function profileSettings(): readonly ReadSetting[] {
+  return defaultReadSizes.flatMap((readBytes) =>
+    defaultDepths.map((depth) => ({ readBytes, depth, direct: true, aligned: true })),
+  );
+}
+
+/** Null, with the reason as a note, where the volume gives nothing to read and takes nothing. */
+async function measureVolume(options: LoadOptions): Promise<StorageSpeed | null> {
+  const { folder, onNote, onProgress, seconds = defaultSeconds } = options;
+  const rest = 1 - progressOf.products;
+  let result: StorageResult;
+  try {
+    result = await measureStorage(folder, {
+      ...options,
+      settings: profileSettings(),
+      secondsPerSetting: seconds * shares.readSetting,
+      scratchSeconds: Math.min(3, seconds / 3),
+      onProgress: (what, done) => onProgress?.(`storage: ${what}`, progressOf.products + rest * done),
+    });
+  } catch (error) {
+    if (error instanceof HypuraError && (error.code === "io" || error.code === "request")) {
+      onNote?.(`storage was not measured: ${error.message}`);
+      return null;
+    }
+    throw error;
+  }
+  for (const note of result.notes) {
+    onNote?.(note);
+  }
+  return result.speed;
+}
