@@ -59,6 +59,10 @@ export interface OpenOptions {
   readonly onProgress?: (fraction: number) => void;
   /** llama.cpp's warnings and errors. */
   readonly onLog?: (level: "warn" | "error", text: string) => void;
+  /** What a person should know and nothing fails for: a trace that ended early. */
+  readonly onWarning?: (text: string) => void;
+  /** Writes a routing trace while the engine lives; `header` is JSON (trace.ts). Of a plan that streams. */
+  readonly trace?: { readonly path: string; readonly header: string };
 }
 
 export interface Engine extends AsyncDisposable {
@@ -81,6 +85,7 @@ export interface Engine extends AsyncDisposable {
 type OpenEvent =
   | { readonly event: "progress"; readonly value: number }
   | { readonly event: "log"; readonly level: "warn" | "error"; readonly text: string }
+  | { readonly event: "warning"; readonly text: string }
   | { readonly event: "ready"; readonly info: EngineInfo }
   | { readonly event: "error"; readonly code: ErrorCode; readonly message: string }
   | { readonly event: "fatal"; readonly message: string }
@@ -98,7 +103,7 @@ type RequestEvent =
 /** Loads the model that the plan describes. Throws HypuraError when that fails. */
 export async function openEngine(plan: Plan, options: OpenOptions = {}): Promise<Engine> {
   const native = nativeLibrary();
-  const { engine, fd } = native.open(JSON.stringify(plan));
+  const { engine, fd } = native.open(JSON.stringify(withTrace(plan, options)));
   const life = new EngineLife(engine, new EventLines(fd), options);
   return life.ready.then(
     (info): Engine => ({
@@ -133,6 +138,16 @@ export function runTask(
   }
   const fd = nativeLibrary().task(name, JSON.stringify(body));
   return new RequestChunks(new EventLines(fd), signal, () => {});
+}
+
+function withTrace(plan: Plan, { trace }: OpenOptions): object {
+  if (trace === undefined) {
+    return plan;
+  }
+  if (plan.streaming === null) {
+    throw new HypuraError("internal", "a plan without streaming was asked for a trace");
+  }
+  return { ...plan, streaming: { ...plan.streaming, trace } };
 }
 
 /** llama.cpp names the cause in its own words, function names first. */
@@ -192,6 +207,9 @@ class EngineLife {
           break;
         case "log":
           options.onLog?.(event.level, event.text);
+          break;
+        case "warning":
+          options.onWarning?.(event.text);
           break;
         case "ready":
           resolve(event.info);

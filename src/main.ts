@@ -31,6 +31,10 @@ const commands: Readonly<Record<string, Entry>> = {
     summary: "Measure how fast a volume gives bytes, by read size and depth",
     load: async () => (await import("./cli/iobench")).iobenchCommand,
   },
+  replay: {
+    summary: "Replay a routing trace through the cache policies",
+    load: async () => (await import("./cli/replay")).replayCommand,
+  },
   version: {
     summary: "Show the version of hypura and of llama.cpp in it",
     load: async () => (await import("./cli/version")).versionCommand,

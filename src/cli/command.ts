@@ -187,6 +187,26 @@ export const limitArgs = {
   },
 } as const;
 
+/** A plan from a file in the place of one that is made; the limits have no say then. */
+export const planArgs = {
+  plan: {
+    type: "string",
+    description: "Take the plan from a file (out of `hypura inspect --json`)",
+    valueHint: "FILE",
+  },
+} as const;
+
+/** Refuses limits beside a plan: they would say nothing. */
+export function checkPlanFlag(
+  flags: { readonly [Name in keyof typeof limitArgs | "plan"]?: string | undefined },
+  limits: readonly (keyof typeof limitArgs)[] = Object.keys(limitArgs) as (keyof typeof limitArgs)[],
+): void {
+  const other = limits.find((name) => flags[name] !== undefined);
+  if (flags.plan !== undefined && other !== undefined) {
+    throw new HypuraError("usage", `--plan says everything, --${other} too: leave out one of them`);
+  }
+}
+
 function modeFlag(text: string | undefined): "auto" | "resident" | "stream" {
   if (text === undefined || text === "auto" || text === "resident" || text === "stream") {
     return text ?? "auto";
