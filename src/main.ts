@@ -9,6 +9,9 @@ import { print, stderr, tell } from "./cli/terminal";
 import { type ErrorCode, exitStatus, HypuraError } from "./errors";
 import { nearest, oneLine } from "./text";
 
+/** The hidden command of a benchmark's child (bench-run.ts). */
+const benchRunCommand = "__bench-run";
+
 interface Entry {
   readonly summary: string;
   readonly load: () => Promise<Command>;
@@ -26,6 +29,10 @@ const commands: Readonly<Record<string, Entry>> = {
   profile: {
     summary: "Measure this machine: processor, memory, devices, storage",
     load: async () => (await import("./cli/profile")).profileCommand,
+  },
+  bench: {
+    summary: "Measure a model's speed, beside stock llama.cpp if asked to",
+    load: async () => (await import("./cli/bench")).benchCommand,
   },
   iobench: {
     summary: "Measure how fast a volume gives bytes, by read size and depth",
@@ -76,6 +83,11 @@ async function run(argv: readonly string[]): Promise<number> {
 
 async function dispatch(argv: readonly string[]): Promise<void> {
   const [first, ...rest] = argv;
+  if (first === benchRunCommand) {
+    const { obeyRunOrder } = await import("./bench-run");
+    await obeyRunOrder(print);
+    return;
+  }
   if (first === undefined || first === "help" || first === "--help" || first === "-h") {
     await print(`${await helpPage(rest.find((word) => !word.startsWith("-")))}\n`);
     return;
