@@ -140,3 +140,98 @@ function isWhole(header: Partial<TraceHeader>): header is TraceHeader {
     )
   );
 }
+
+// ---- records -------------------------------------------------------------------------------------------------------
+
+/** What a page about a trace shows of its records; the others only move the reader on. */
+export type TraceEvent =
+  | { readonly kind: "pass"; readonly atUs: number; readonly tokens: number }
+  /** Ops ask for these strides. */
+  | { readonly kind: "begin"; readonly atUs: number; readonly strides: readonly number[] }
+  | { readonly kind: "complete"; readonly atUs: number; readonly stride: number }
+  | { readonly kind: "stall"; readonly atUs: number; readonly us: number };
+
+/** Numbers of ffi/native/trace.h. */
+const recordKinds = {
+  end: 0,
+  pass: 1,
+  begin: 2,
+  mixed: 3,
+  release: 5,
+  complete: 6,
+  fail: 8,
+  prefetch: 9,
+  stall: 11,
+} as const;
+const cancelKind = 7;
+
+/** The events of a trace, in order. Ends early where the records are cut off or damaged: native code judges those. */
+export function* traceEvents(records: Uint8Array): Generator<TraceEvent> {
+  let at = 0;
+  let atUs = 0;
+  let last = 0;
+  const varint = (): number => {
+    let value = 0;
+    let scale = 1;
+    while (at < records.length) {
+      const byte = records[at++] as number;
+      value += (byte & 0x7f) * scale;
+      scale *= 128;
+      if (byte < 0x80) {
+        return value;
+      }
+    }
+    return Number.NaN;
+  };
+  const step = (code: number): number => {
+    last += code % 2 === 0 ? code / 2 : -(code + 1) / 2;
+    return last;
+  };
+  const time = (): number => {
+    atUs += varint();
+    return atUs;
+  };
+  while (at < records.length) {
+    const head = varint();
+    const kind = head % 16;
+    const argument = Math.floor(head / 16);
+    switch (kind) {
+      case recordKinds.pass:
+        yield { kind: "pass", atUs: time(), tokens: argument };
+        break;
+      case recordKinds.begin:
+      case recordKinds.mixed: {
+        const begunAt = time();
+        const strides: number[] = [];
+        for (let i = 0; i < argument && at < records.length; i++) {
+          strides.push(step(varint()));
+          if (kind === recordKinds.mixed) {
+            varint();
+          }
+        }
+        yield { kind: "begin", atUs: begunAt, strides };
+        break;
+      }
+      case recordKinds.release:
+        for (let i = 0; i < argument && at < records.length; i++) {
+          step(varint());
+        }
+        break;
+      case recordKinds.complete: {
+        const stride = step(argument);
+        yield { kind: "complete", atUs: time(), stride };
+        break;
+      }
+      case cancelKind:
+      case recordKinds.fail:
+      case recordKinds.prefetch:
+        step(argument);
+        break;
+      case recordKinds.stall:
+        yield { kind: "stall", atUs: time(), us: argument };
+        break;
+      case recordKinds.end:
+        return;
+    }
+  }
+}
