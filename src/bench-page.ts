@@ -202,7 +202,7 @@ function ratioText(records: readonly RunRecord[]): string {
     return ratio === null
       ? []
       : [
-          `${state}: decode ${ratio.decode.toFixed(2)} times the baseline's speed, prompt ${ratio.prompt.toFixed(2)}, first token ${ratio.firstToken.toFixed(2)} times as soon`,
+          `${state}: decode ${ratio.decode.median.toFixed(2)} times the baseline's speed, prompt ${ratio.prompt.median.toFixed(2)}, first token ${ratio.firstToken.median.toFixed(2)} times as soon`,
         ];
   });
   return sentences.length === 0 ? "" : `<p>hypura, ${sentences.join("; ")}.</p>`;

@@ -193,13 +193,17 @@ export interface Seen {
   readonly deviceBusySeconds: number | null;
 }
 
+/** The kernel counts a device's time in milliseconds, and the parent sees the run a little late. */
+const leastBusySeconds = 0.5;
+
 export function figuresOf(report: RunReport, seen: Seen): RunFigures {
   const { streaming, storageBytes, tokenSeconds } = report;
   const seconds = Math.max(
     tokenSeconds.reduce((sum, one) => sum + one, 0),
     1e-9,
   );
-  const busySeconds = streaming === null ? seen.deviceBusySeconds : streaming.readingNs / 1e9;
+  const deviceBusy = seconds < leastBusySeconds ? null : seen.deviceBusySeconds;
+  const busySeconds = streaming === null ? deviceBusy : streaming.readingNs / 1e9;
   return {
     decodeTokensPerSecond: spreadOf(tokenSeconds),
     promptTokensPerSecond: report.promptTokens / Math.max(report.promptSeconds, 1e-6),
@@ -411,10 +415,16 @@ export function finished(
 
 export interface Ratio {
   readonly state: CacheState;
-  /** Median over the rounds of hypura's figure by the baseline's; above 1 hypura is better. */
-  readonly decode: number;
-  readonly prompt: number;
-  readonly firstToken: number;
+  readonly decode: RoundRatio;
+  readonly prompt: RoundRatio;
+  readonly firstToken: RoundRatio;
+}
+
+/** Over the rounds, hypura's figure by the baseline's of the same round; above 1 hypura is better. */
+export interface RoundRatio {
+  readonly median: number;
+  readonly least: number;
+  readonly most: number;
 }
 
 /** Null where no round has both sides. */
@@ -428,15 +438,15 @@ export function ratioOf(records: readonly RunRecord[], state: CacheState): Ratio
   if (pairs.length === 0) {
     return null;
   }
+  const over = (ratio: (a: RunFigures, b: RunFigures) => number): RoundRatio => {
+    const ratios = pairs.map(([a, b]) => ratio(a, b));
+    return { median: medianOf(ratios), least: Math.min(...ratios), most: Math.max(...ratios) };
+  };
   return {
     state,
-    decode: medianOf(
-      pairs.map(([a, b]) => a.decodeTokensPerSecond.median / Math.max(b.decodeTokensPerSecond.median, 1e-9)),
-    ),
-    prompt: medianOf(
-      pairs.map(([a, b]) => a.promptTokensPerSecond / Math.max(b.promptTokensPerSecond, 1e-9)),
-    ),
-    firstToken: medianOf(pairs.map(([a, b]) => b.firstTokenSeconds / Math.max(a.firstTokenSeconds, 1e-9))),
+    decode: over((a, b) => a.decodeTokensPerSecond.median / Math.max(b.decodeTokensPerSecond.median, 1e-9)),
+    prompt: over((a, b) => a.promptTokensPerSecond / Math.max(b.promptTokensPerSecond, 1e-9)),
+    firstToken: over((a, b) => b.firstTokenSeconds / Math.max(a.firstTokenSeconds, 1e-9)),
   };
 }
 

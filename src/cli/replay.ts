@@ -204,7 +204,7 @@ function headLines({ header, path }: Trace, { outcome, isExact }: RecordedRun): 
         : "the engine counted otherwise";
   return [
     stdout.paint("bold", `${printable(header.model.name)}, ${header.mode}: ${printable(path)}`),
-    `  recorded  ${plural(outcome.passes.length, "pass")}`.replace("passs", "passes") +
+    `  recorded  ${countText(outcome.passes.length)} ${outcome.passes.length === 1 ? "pass" : "passes"}` +
       `, ${countText(decoding)} of them steps of decoding; ${countText(strides)} strides of ${bytesText(allBytes)} stream`,
     `  pool      ${bytesText(recordedBytes)}, ${policies}`,
     `  replayed  ${counts}: ${verdict}`,
