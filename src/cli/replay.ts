@@ -19,6 +19,7 @@ import {
   bandwidthText,
   bar,
   bytesText,
+  clip,
   countText,
   durationText,
   parseBytes,
@@ -27,7 +28,7 @@ import {
   rateText,
 } from "../text";
 import { command } from "./command";
-import { measuring, section } from "./measuring";
+import { measuring, pageWidth, section } from "./measuring";
 import { print, stdout } from "./terminal";
 
 /** Shares of the streamed bytes: below, around and above the working set of one token of most models. */
@@ -203,7 +204,10 @@ function headLines({ header, path }: Trace, { outcome, isExact }: RecordedRun): 
         ? "the engine counted the same, exactly"
         : "the engine counted otherwise";
   return [
-    stdout.paint("bold", `${printable(header.model.name)}, ${header.mode}: ${printable(path)}`),
+    stdout.paint(
+      "bold",
+      clip(`${printable(header.model.name)}, ${header.mode}: ${printable(path)}`, pageWidth),
+    ),
     `  recorded  ${countText(outcome.passes.length)} ${outcome.passes.length === 1 ? "pass" : "passes"}` +
       `, ${countText(decoding)} of them steps of decoding; ${countText(strides)} strides of ${bytesText(allBytes)} stream`,
     `  pool      ${bytesText(recordedBytes)}, ${policies}`,
@@ -284,8 +288,8 @@ function choiceLine({ choice }: Judgement): string {
   const pinned = choice.pinned.reduce((sum, one) => sum + one.strides.length, 0);
   const pins = pinned === 0 ? "no pins" : `${plural(pinned, "stride")} pinned (--json lists them)`;
   const rate = choice.tokensPerSecond === null ? "" : `, about ${rateText(choice.tokensPerSecond)}`;
-  return (
-    `Choice: ${choice.policy}, ${pins}, a pool of ${bytesText(choice.poolBytes)}: ` +
-    `${percentText(choice.hitRate)} hits${rate}, within a tenth of the largest pool tried.`
-  );
+  return [
+    `Choice: ${choice.policy}, ${pins}, a pool of ${bytesText(choice.poolBytes)}`,
+    `  ${percentText(choice.hitRate)} hits${rate}; larger pools among those tried are faster by a tenth at most`,
+  ].join("\n");
 }
