@@ -16,7 +16,7 @@ import {
 } from "./generate";
 import { type Machine, readMachine } from "./machine";
 import { type ModelFile, openModelFile } from "./modelfile";
-import { makePlan, noLimits, type Plan, type PlanLimits } from "./plan";
+import { type Knowledge, makePlan, noLimits, type Plan, type PlanLimits } from "./plan";
 
 export { RequestError } from "./engine";
 export { type ErrorCode, HypuraError } from "./errors";
@@ -100,7 +100,12 @@ export function prepare(
 }
 
 /** How the model in `file` runs on this machine. Throws where it cannot. */
-export function planOf(file: ModelFile, limits: PlanLimits, machine: Machine = readMachine()): Plan {
+export function planOf(
+  file: ModelFile,
+  limits: PlanLimits,
+  machine: Machine = readMachine(),
+  knowledge: Knowledge = {},
+): Plan {
   if (!file.model.generatesText) {
     throw new HypuraError(
       "unsupported-model",
@@ -115,7 +120,7 @@ export function planOf(file: ModelFile, limits: PlanLimits, machine: Machine = r
     );
   }
   const name = basename(file.path).replace(/(-00001-of-\d{5})?\.gguf$/i, "");
-  return makePlan({ name, files: file.files, model: file.model }, machine, limits);
+  return makePlan({ name, files: file.files, model: file.model }, machine, limits, knowledge);
 }
 
 /** The model that an open engine holds. */

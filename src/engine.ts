@@ -1,10 +1,11 @@
-// The engine as TypeScript sees it: open a plan, send requests, read events. It owns the descriptors that native
-// code writes to and turns their lines into values; nothing else in src sees native code (profile.ts has it
-// measure the machine). It knows no dialect: a route's body and chunks pass through as they are.
+// The engine as TypeScript sees it: open a plan, send requests, read events. It turns the lines of events into
+// values, whatever carries them: native code in this process (openEngine), or in a process of its own (child.ts);
+// nothing else in src sees native code (profile.ts has it measure the machine). It knows no dialect: a route's body and
+// chunks pass through as they are.
 
-import { closeSync } from "node:fs";
-import { type EngineId, nativeLibrary } from "../ffi/native";
+import { nativeLibrary } from "../ffi/native";
 import { type ErrorCode, HypuraError } from "./errors";
+import { EventLines, type LineSource } from "./event-lines";
 import type { Plan } from "./plan";
 import type { StreamingCounters } from "./streaming";
 
@@ -100,11 +101,44 @@ type RequestEvent =
     }
   | { readonly event: "end" };
 
+/** What carries an engine's events and requests. */
+export interface EngineTransport<Lines extends LineSource = LineSource> {
+  /** The engine's own events, from open to closed. */
+  readonly lines: Lines;
+  /** Sends a request; the body is JSON. Throws HypuraError where it cannot be sent. */
+  request(route: string, bodyJson: string): Lines;
+  activeRequests(): number;
+  /** Starts the engine's end. Idempotent. */
+  close(): void;
+  /** Asked after the last line: waits until all is given back, and gives the reason of an end that nobody asked for. */
+  ended(): Promise<HypuraError | undefined>;
+}
+
 /** Loads the model that the plan describes. Throws HypuraError when that fails. */
 export async function openEngine(plan: Plan, options: OpenOptions = {}): Promise<Engine> {
+  return engineOver(openNative(planJson(plan, options)), plan, options);
+}
+
+/** The engine of this process, line by line. */
+export function openNative(json: string): EngineTransport<EventLines> {
   const native = nativeLibrary();
-  const { engine, fd } = native.open(JSON.stringify(withTrace(plan, options)));
-  const life = new EngineLife(engine, new EventLines(fd), options);
+  const { engine, fd } = native.open(json);
+  return {
+    lines: new EventLines(fd),
+    request: (route, bodyJson) => new EventLines(native.request(engine, route, bodyJson)),
+    activeRequests: () => Math.max(0, native.activeRequests(engine)),
+    close: () => native.close(engine),
+    ended: () => Promise.resolve(undefined),
+  };
+}
+
+/** The engine at the other end of `transport`, once it is ready. */
+export async function engineOver(
+  transport: EngineTransport,
+  plan: Plan,
+  options: OpenOptions,
+): Promise<Engine> {
+  const life = new EngineLife(transport, options);
   return life.ready.then(
     (info): Engine => ({
       plan,
@@ -116,7 +150,7 @@ export async function openEngine(plan: Plan, options: OpenOptions = {}): Promise
         }
         return null;
       },
-      activeRequests: () => Math.max(0, native.activeRequests(engine)),
+      activeRequests: () => transport.activeRequests(),
       close: () => life.close(),
       [Symbol.asyncDispose]: () => life.close(),
     }),
@@ -140,14 +174,15 @@ export function runTask(
   return new RequestChunks(new EventLines(fd), signal, () => {});
 }
 
-function withTrace(plan: Plan, { trace }: OpenOptions): object {
+/** What native code is given: the plan, and where its trace goes. */
+export function planJson(plan: Plan, { trace }: OpenOptions): string {
   if (trace === undefined) {
-    return plan;
+    return JSON.stringify(plan);
   }
   if (plan.streaming === null) {
     throw new HypuraError("internal", "a plan without streaming was asked for a trace");
   }
-  return { ...plan, streaming: { ...plan.streaming, trace } };
+  return JSON.stringify({ ...plan, streaming: { ...plan.streaming, trace } });
 }
 
 /** llama.cpp names the cause in its own words, function names first. */
@@ -156,51 +191,52 @@ function loadFailure(reason: string): string {
   return `llama.cpp cannot load the model (${cause}): the file may be incomplete, download or convert it again`;
 }
 
-/** Reads the engine's own descriptor from open to closed, and holds what ends with it. */
+/** Reads the engine's own events from open to closed, and holds what ends with it. */
 class EngineLife {
   readonly ready: Promise<EngineInfo>;
-  readonly #engine: EngineId;
+  readonly #transport: EngineTransport;
   readonly #ended: Promise<void>;
   readonly #requests = new Set<RequestChunks>();
   #death: HypuraError | undefined;
 
-  constructor(engine: EngineId, lines: EventLines, options: OpenOptions) {
-    this.#engine = engine;
+  constructor(transport: EngineTransport, options: OpenOptions) {
+    this.#transport = transport;
     const { promise, resolve, reject } = Promise.withResolvers<EngineInfo>();
     this.ready = promise;
-    this.#ended = this.#follow(lines, options, resolve, reject);
+    this.#ended = this.#follow(options, resolve, reject);
   }
 
   async #follow(
-    lines: EventLines,
     options: OpenOptions,
     resolve: (info: EngineInfo) => void,
     reject: (error: HypuraError) => void,
   ): Promise<void> {
     let failure: HypuraError | undefined;
     try {
-      failure = await this.#readEvents(lines, options, resolve);
+      failure = await this.#readEvents(options, resolve);
     } catch (cause) {
       // A listener of the caller's threw. Nobody reads the engine any more, so it is told to end.
       failure = new HypuraError("internal", `a listener of the engine failed: ${(cause as Error).message}`, {
         cause,
       });
-      nativeLibrary().close(this.#engine);
-      lines.cancel();
+      this.#transport.close();
+      this.#transport.lines.cancel();
     }
-    const death = this.#death ?? failure ?? new HypuraError("engine", "the engine is closed");
+    const loss = await this.#transport.ended();
+    const death = this.#death ?? failure ?? loss ?? new HypuraError("engine", "the engine is closed");
     this.#die(death);
     reject(death);
   }
 
   /** Until the engine has closed; gives the reason of a load that failed. */
   async #readEvents(
-    lines: EventLines,
     options: OpenOptions,
     resolve: (info: EngineInfo) => void,
   ): Promise<HypuraError | undefined> {
+    const { lines } = this.#transport;
     let failure: HypuraError | undefined;
-    for (let event = await lines.next<OpenEvent>(); event !== null; event = await lines.next<OpenEvent>()) {
+    for (let line = await lines.next(); line !== null; line = await lines.next()) {
+      const event = JSON.parse(line) as OpenEvent;
       switch (event.event) {
         case "progress":
           options.onProgress?.(event.value);
@@ -248,14 +284,14 @@ class EngineLife {
     if (signal?.aborted) {
       return refused(new HypuraError("cancelled", "the request was cancelled"));
     }
-    const fd = nativeLibrary().request(this.#engine, route, JSON.stringify(body));
-    const chunks = new RequestChunks(new EventLines(fd), signal, () => this.#requests.delete(chunks));
+    const lines = this.#transport.request(route, JSON.stringify(body));
+    const chunks = new RequestChunks(lines, signal, () => this.#requests.delete(chunks));
     this.#requests.add(chunks);
     return chunks;
   }
 
   close(): Promise<void> {
-    nativeLibrary().close(this.#engine);
+    this.#transport.close();
     return this.#ended;
   }
 }
@@ -267,14 +303,14 @@ async function* refused(error: HypuraError): AsyncGenerator<EngineChunk> {
 
 /** The chunks of one answer. An iterator and not a generator, so that it can be cancelled while it waits. */
 class RequestChunks implements AsyncIterableIterator<EngineChunk> {
-  readonly #lines: EventLines;
+  readonly #lines: LineSource;
   readonly #signal: AbortSignal | undefined;
   readonly #onDone: () => void;
   readonly #onAbort = () => this.fail(new HypuraError("cancelled", "the request was cancelled"));
   #failure: HypuraError | undefined;
   #done = false;
 
-  constructor(lines: EventLines, signal: AbortSignal | undefined, onDone: () => void) {
+  constructor(lines: LineSource, signal: AbortSignal | undefined, onDone: () => void) {
     this.#lines = lines;
     this.#signal = signal;
     this.#onDone = onDone;
@@ -289,11 +325,12 @@ class RequestChunks implements AsyncIterableIterator<EngineChunk> {
     if (this.#done) {
       return { done: true, value: undefined };
     }
-    const event = await this.#lines.next<RequestEvent>();
+    const line = await this.#lines.next();
     if (this.#failure !== undefined) {
       this.#finish();
       throw this.#failure;
     }
+    const event = line === null ? undefined : (JSON.parse(line) as RequestEvent);
     switch (event?.event) {
       case "data":
         return {
@@ -329,65 +366,5 @@ class RequestChunks implements AsyncIterableIterator<EngineChunk> {
     this.#lines.cancel();
     this.#signal?.removeEventListener("abort", this.#onAbort);
     this.#onDone();
-  }
-}
-
-function readerOf(fd: number) {
-  return Bun.file(fd).stream().getReader();
-}
-
-/** Newline-delimited JSON from a descriptor that this object owns. */
-class EventLines {
-  readonly #fd: number;
-  readonly #reader: ReturnType<typeof readerOf>;
-  readonly #decoder = new TextDecoder();
-  #queue: string[] = [];
-  #taken = 0;
-  #rest = "";
-  #closed = false;
-
-  constructor(fd: number) {
-    this.#fd = fd;
-    this.#reader = readerOf(fd);
-  }
-
-  /** The next line's value; null when the stream has ended or was cancelled. */
-  async next<Event>(): Promise<Event | null> {
-    while (this.#taken >= this.#queue.length) {
-      if (this.#closed) {
-        return null;
-      }
-      const { done, value } = await this.#reader.read().catch(() => ({ done: true, value: undefined }));
-      if (this.#closed) {
-        return null;
-      }
-      if (done) {
-        this.#close();
-        return null;
-      }
-      this.#split(this.#decoder.decode(value, { stream: true }));
-    }
-    const line = this.#queue[this.#taken++] as string;
-    return JSON.parse(line) as Event;
-  }
-
-  #split(text: string): void {
-    const parts = (this.#rest + text).split("\n");
-    this.#rest = parts.pop() ?? "";
-    this.#queue = parts;
-    this.#taken = 0;
-  }
-
-  /** Closes the descriptor, which tells native code to stop. Idempotent; a pending next() gives null. */
-  cancel(): void {
-    if (!this.#closed) {
-      this.#close();
-    }
-  }
-
-  #close(): void {
-    this.#closed = true;
-    this.#reader.cancel().catch(() => {});
-    closeSync(this.#fd);
   }
 }

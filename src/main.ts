@@ -11,6 +11,8 @@ import { nearest, oneLine } from "./text";
 
 /** The hidden command of a benchmark's child (bench-run.ts). */
 const benchRunCommand = "__bench-run";
+/** What `serve` starts its engines with (child.ts); no command of a person's, so it is in no list. */
+const engineCommand = "__engine";
 
 interface Entry {
   readonly summary: string;
@@ -22,9 +24,17 @@ const commands: Readonly<Record<string, Entry>> = {
     summary: "Answer a prompt, or chat, with a model",
     load: async () => (await import("./cli/run")).runCommand,
   },
+  serve: {
+    summary: "Serve models to everything that speaks Ollama, OpenAI or Anthropic",
+    load: async () => (await import("./cli/serve")).serveCommand,
+  },
   inspect: {
     summary: "Show what a model file holds and how it would run here",
     load: async () => (await import("./cli/inspect")).inspectCommand,
+  },
+  estimate: {
+    summary: "Say how fast a model would be, without loading it",
+    load: async () => (await import("./cli/estimate")).estimateCommand,
   },
   profile: {
     summary: "Measure this machine: processor, memory, devices, storage",
@@ -69,7 +79,11 @@ function setUpMessages(): void {
 /** Runs the command line of this process and ends it. */
 export async function main(): Promise<never> {
   setUpMessages();
-  process.exit(await run(process.argv.slice(2)));
+  const argv = process.argv.slice(2);
+  if (argv[0] === engineCommand) {
+    return (await import("./child")).runEngineChild();
+  }
+  process.exit(await run(argv));
 }
 
 async function run(argv: readonly string[]): Promise<number> {
@@ -93,8 +107,8 @@ async function dispatch(argv: readonly string[]): Promise<void> {
     return;
   }
   const name = first === "--version" || first === "-v" ? "version" : first;
-  const { definition } = await find(name);
-  const { help, words } = readCommandLine(name, (definition.args ?? {}) as ArgsDef, rest);
+  const { definition, takesMany } = await find(name);
+  const { help, words } = readCommandLine(name, (definition.args ?? {}) as ArgsDef, rest, takesMany);
   if (help) {
     await print(`${await helpPage(name)}\n`);
     return;

@@ -1,15 +1,79 @@
 // (Model, Machine, limits) -> Plan: where every byte goes and every number that native code needs. The brain, and
 // pure: it takes values and gives a value, so that `inspect` shows exactly what `run` does. Native code chooses
-// nothing that is not written here.
+// nothing that is not written here. This file owns the plan's shape and the order of the questions; what memory is
+// needed answers plan-memory.ts, where weights go plan-place.ts, what a token costs plan-cost.ts.
 
 import { HypuraError } from "./errors";
 import type { Machine } from "./machine";
-import { type Model, memoryBytes, type StrideSet } from "./model";
-import { bytesText, countText } from "./text";
+import { kvBytesPerToken, type Model, type ModelTensor } from "./model";
+import {
+  bandwidthAt,
+  batchReads,
+  bytesOfToken,
+  type CostFacts,
+  type Estimate,
+  estimateOf,
+  type HitCurve,
+  type PlacedClass,
+  type Placement,
+  publishedHitCurve,
+  type Speeds,
+  secondsOfBatch,
+  secondsOfToken,
+  speedsOf,
+} from "./plan-cost";
+import {
+  adjust,
+  hitCurveOf,
+  type MeasuredRun,
+  measuredRun,
+  type PlanFacts,
+  type RunFigures,
+} from "./plan-history";
+import {
+  allGpuLayers,
+  copiedOutputBytes,
+  type GpuMemoryUse,
+  isOnGpu,
+  kvTypes,
+  type MemoryUse,
+  memoryOf,
+  type ReaderShape,
+  slotBytesOf,
+  spanWorkBytes,
+  sumOf,
+  type Use,
+} from "./plan-memory";
+import {
+  groupsOf,
+  leastPoolBytes,
+  orderOfPass,
+  orderOfTiers,
+  type ProgramSolver,
+  pinnedCount,
+  place,
+  ringSlots,
+  type Solution,
+  type TierSeconds,
+} from "./plan-place";
+import { bandwidthText, bytesText, countText } from "./text";
+
+export type { Estimate, HitCurve } from "./plan-cost";
+export type { MeasuredRun, RunFigures } from "./plan-history";
+export { type GpuMemoryUse, kvTypes, type MemoryUse } from "./plan-memory";
 
 export type Tier = "gpu" | "ram" | "nvme";
-/** A name of what the plan says, never a branch elsewhere. */
-export type Mode = "full-resident" | "expert-streaming" | "dense-ffn-streaming";
+/**
+ * A name of what the plan says, never a branch elsewhere. `partial-gpu`: all resident, some layers on a GPU. `mmap`: the
+ * page cache serves what is hardly ever touched. `mixed-streaming`: experts and dense FFN matrices both stream.
+ */
+export type Mode =
+  | "full-resident"
+  | "partial-gpu"
+  | "mmap"
+  | "expert-streaming"
+  | "dense-ffn-streaming"
+  | "mixed-streaming";
 
 export interface PlannedTensor {
   readonly name: string;
@@ -24,18 +88,6 @@ export interface Choice {
   readonly name: string;
   readonly value: string;
   readonly reason: string;
-}
-
-/** Bytes by purpose; their sum is what the process should need at its peak. */
-export interface MemoryUse {
-  readonly weightBytes: number;
-  readonly kvBytes: number;
-  readonly stateBytes: number;
-  readonly computeBytes: number;
-  /** Slots for streamed weights, and what streaming needs beside them. */
-  readonly poolBytes: number;
-  readonly streamingBytes: number;
-  readonly processBytes: number;
 }
 
 /** ffi/native/neuron_cache.h, CachePolicy: which stride gives its slot up. */
@@ -84,6 +136,19 @@ export interface Streaming {
   readonly touchedBytesPerToken: number;
 }
 
+/** Tokens that are guessed and verified in one pass. ffi/native/engine.h, PlanSpeculation. */
+export interface Speculation {
+  /** Guessed at once, at most. */
+  readonly maxTokens: number;
+  /** Guesses what followed the last `matchTokens` tokens before, in prompt and answer. */
+  readonly fromContext: boolean;
+  readonly matchTokens: number;
+  /** A small model with the same vocabulary that guesses where the context gives nothing. */
+  readonly draftPath: string | null;
+  /** A draft ends before a token that the draft model holds less likely, 0 to 1. */
+  readonly draftProbability: number;
+}
+
 /** Everything native code needs, as one value that survives JSON. ffi/native/engine.h, OpenPlan, reads it. */
 export interface Plan {
   readonly version: 1;
@@ -109,8 +174,25 @@ export interface Plan {
   readonly loadMode: "mmap" | "direct" | "read";
   /** Null: everything is resident, and the streaming device is never registered. */
   readonly streaming: Streaming | null;
+  /** Null: one token a pass. */
+  readonly speculation: Speculation | null;
   readonly memory: MemoryUse;
+  /** Null where no GPU is used. */
+  readonly gpuMemory: GpuMemoryUse | null;
+  /** The most context of one slot that this model can have here, as this plan is. */
+  readonly longestContextTokens: number;
+  readonly estimate: Estimate;
+  /** How the placement was found; null where everything fits and there was nothing to solve. */
+  readonly solved: Solved | null;
   readonly choices: readonly Choice[];
+}
+
+/** Which solver found the placement, and how far the other one's was from it. */
+export interface Solved {
+  readonly by: Solution["by"];
+  /** Time of a token by each, where it found a placement: in seconds, or in no unit where nothing was measured. */
+  readonly greedyCost: number | null;
+  readonly programCost: number | null;
 }
 
 /** What a person asked for; null means: decide. */
@@ -122,6 +204,11 @@ export interface PlanLimits {
   readonly memoryBytes: number | null;
   /** `auto` streams when the model does not fit. */
   readonly mode?: "auto" | "resident" | "stream";
+  /** Bytes of GPU memory that may be used; 0: no GPU. */
+  readonly gpuMemoryBytes?: number | null;
+  readonly kvType?: string | null;
+  /** A plan that was made before: it is followed as it is, if it is one of this model. */
+  readonly plan?: Plan | null;
 }
 
 export const noLimits: PlanLimits = {
@@ -137,6 +224,15 @@ export interface ModelFiles {
   readonly model: Model;
 }
 
+/** What earlier runs taught. */
+export interface Knowledge {
+  readonly history?: readonly MeasuredRun[];
+  /** Instead of the one from the history, or the published one. */
+  readonly hitCurve?: HitCurve;
+  /** Instead of YALPS: a test's. */
+  readonly solver?: ProgramSolver;
+}
+
 /** llama.cpp's own defaults (common.h: n_batch, n_ubatch): what its server runs with is what a resident model gets. */
 const residentBatchTokens = 2048;
 const usualUbatchTokens = 512;
@@ -144,17 +240,27 @@ const usualUbatchTokens = 512;
 const residentPollPercent = 50;
 /** A conversation of a few pages; more is a flag away, and costs memory from the start. */
 const usualContextTokens = 4096;
-/** Resident memory of the executable with libhypura loaded and no model: 95 MB measured on Linux x86-64. */
-const processBytes = 100_000_000;
+/** What common.h and llama.cpp's server use: another type changes the answer. */
+const usualKvType = "f16";
+/** What llama.cpp leaves free on each device when it fits a model itself (fit_params_target of common.h). */
+const gpuMarginBytes = 1_073_741_824;
 
 /** The plan for this model on this machine. Throws `not-enough-memory` where it does not fit. */
-export function makePlan(subject: ModelFiles, machine: Machine, limits: PlanLimits = noLimits): Plan {
-  const budget = budgetOf(machine, limits);
-  const resident = limits.mode === "stream" ? null : makeResident(subject, machine, limits, budget);
+export function makePlan(
+  subject: ModelFiles,
+  machine: Machine,
+  limits: PlanLimits = noLimits,
+  knowledge: Knowledge = {},
+): Plan {
+  if (limits.plan !== undefined && limits.plan !== null) {
+    return followed(subject, limits.plan);
+  }
+  const task = taskOf(subject, machine, limits, knowledge);
   const plan =
-    resident ?? (limits.mode === "resident" ? null : makeStreaming(subject, machine, limits, budget));
+    (limits.mode === "stream" ? null : makeResident(task)) ??
+    (limits.mode === "resident" ? null : (makeMapped(task) ?? makeStreaming(task)));
   if (plan === null) {
-    throw refusal(subject.model, budget, machine, limits);
+    throw refusal(task);
   }
   return plan;
 }
@@ -171,58 +277,228 @@ export function budgetOf(machine: Machine, limits: PlanLimits): number {
 }
 
 export function totalBytes(memory: MemoryUse): number {
-  return Object.values(memory).reduce((sum: number, bytes: number) => sum + bytes, 0);
+  return sumOf(memory);
+}
+
+/** GPU memory that a plan may use; null where there is none. */
+export function gpuBudgetOf(
+  machine: Machine,
+  limits: PlanLimits,
+): { readonly bytes: number; readonly isUnified: boolean } | null {
+  const discrete = machine.devices.filter((device) => device.type === "gpu");
+  // As llama.cpp does: a GPU inside the processor counts only where there is no other.
+  const devices = discrete.length > 0 ? discrete : machine.devices.filter((device) => device.type === "igpu");
+  const free = devices.reduce((sum, device) => {
+    const left = device.isUnified ? device.freeBytes * freeShare : device.freeBytes - gpuMarginBytes;
+    return sum + Math.max(0, Math.floor(left));
+  }, 0);
+  const bytes = Math.min(free, limits.gpuMemoryBytes ?? free);
+  return bytes > 0 ? { bytes, isUnified: devices.every((device) => device.isUnified) } : null;
+}
+
+// ---- the task -----------------------------------------------------------------------------------------------------
+
+/** Everything that the questions below share. */
+interface Task {
+  readonly subject: ModelFiles;
+  readonly model: Model;
+  readonly machine: Machine;
+  readonly limits: PlanLimits;
+  readonly knowledge: Knowledge;
+  readonly budget: number;
+  readonly gpu: { readonly bytes: number; readonly isUnified: boolean } | null;
+  readonly threads: number;
+  readonly kvType: string;
+  readonly speeds: Speeds | null;
+  readonly curve: HitCurve;
+  readonly reader: ReaderShape & { readonly reason: string };
+}
+
+function taskOf(subject: ModelFiles, machine: Machine, limits: PlanLimits, knowledge: Knowledge): Task {
+  const { model } = subject;
+  const threads = limits.threads ?? machine.computeCores;
+  return {
+    subject,
+    model,
+    machine,
+    limits,
+    knowledge,
+    budget: budgetOf(machine, limits),
+    gpu: gpuBudgetOf(machine, limits),
+    threads,
+    kvType: kvTypeOf(model, limits),
+    speeds: speedsOf(model, machine, threads),
+    curve: knowledge.hitCurve ?? hitCurveOf(model, knowledge.history ?? []) ?? publishedHitCurve,
+    reader: readerOf(machine),
+  };
+}
+
+function kvTypeOf(model: Model, limits: PlanLimits): string {
+  const type = limits.kvType ?? usualKvType;
+  const isKnown = kvTypes.some((one) => one === type);
+  // llama_init_from_model: blocks of 32 must divide a head's row.
+  const isPacked = !["f32", "f16", "bf16"].includes(type);
+  const fits = !isPacked || (model.keyLength % 32 === 0 && model.valueLength % 32 === 0);
+  if (isKnown && fits) {
+    return type;
+  }
+  throw new HypuraError(
+    "usage",
+    isKnown
+      ? `the KV type ${type} packs 32 numbers and the heads of this model have ${model.keyLength}: give f16, bf16 or f32`
+      : `there is no KV type ${JSON.stringify(type)}: give one of ${kvTypes.join(", ")}`,
+  );
+}
+
+/**
+ * Reads of 1 MiB and less by eight threads reach what the disk gives, and no single one holds a thread for long
+ * (test/bench/NOTES.md); another shape is taken where this very disk was measured to give a twentieth more.
+ */
+const usualReader: ReaderShape = { threads: 8, pieceBytes: 1_048_576 };
+
+function readerOf(machine: Machine): Task["reader"] {
+  const storage = machine.profile?.storage[0];
+  if (storage === undefined) {
+    return { ...usualReader, reason: "what disks of several kinds gave most with" };
+  }
+  const usual = bandwidthAt(storage, usualReader.pieceBytes, usualReader.threads);
+  const { readBytes, depth } = storage.best;
+  const isWhole = readBytes % 4096 === 0 && readBytes <= 16_777_216 && depth <= 64;
+  const best = bandwidthAt(storage, readBytes, depth);
+  return isWhole && best > 1.05 * usual
+    ? { threads: depth, pieceBytes: readBytes, reason: `measured: ${bandwidthText(best)}` }
+    : { ...usualReader, reason: `measured: ${bandwidthText(usual)}, and no other shape gives more` };
+}
+
+function useOf(
+  task: Task,
+  wanted: { readonly contextTokens: number; readonly ubatchTokens: number; readonly gpuLayers: number },
+): Use {
+  return { ...wanted, slotCount: task.limits.slotCount ?? 1, kvType: task.kvType, reader: task.reader };
+}
+
+/** By tensor: where it is when it is resident. */
+function homesOf(model: Model, gpuLayers: number): readonly ("gpu" | "ram")[] {
+  return model.tensors.map((tensor) => (isOnGpu(model, tensor, gpuLayers) ? "gpu" : "ram"));
+}
+
+interface Fixed {
+  readonly ramBytes: number;
+  readonly gpuBytes: number;
+}
+
+/** Bytes of the tensors that `counts` names, by home. */
+function bytesAt(model: Model, gpuLayers: number, counts: (tensor: ModelTensor) => boolean): Fixed {
+  let ramBytes = 0;
+  let gpuBytes = copiedOutputBytes(model, gpuLayers);
+  for (const tensor of model.tensors) {
+    if (!counts(tensor)) continue;
+    if (isOnGpu(model, tensor, gpuLayers)) gpuBytes += tensor.sizeBytes;
+    else ramBytes += tensor.sizeBytes;
+  }
+  return { ramBytes, gpuBytes };
+}
+
+interface Sides {
+  readonly ram: MemoryUse;
+  readonly gpu: GpuMemoryUse;
+}
+
+function withWeights({ ram, gpu }: Sides, fixed: Fixed): Sides {
+  return {
+    ram: { ...ram, weightBytes: ram.weightBytes + fixed.ramBytes },
+    gpu: { ...gpu, weightBytes: gpu.weightBytes + fixed.gpuBytes },
+  };
+}
+
+/** What is left for streamable weights; negative where not even this fits. */
+function roomOf(task: Task, { ram, gpu }: Sides) {
+  const free = task.budget - sumOf(ram);
+  const isUnified = task.gpu?.isUnified === true;
+  return {
+    ramBytes: free,
+    gpuBytes: (task.gpu?.bytes ?? 0) - sumOf(gpu),
+    totalBytes: isUnified ? free - sumOf(gpu) : null,
+  };
+}
+
+function fits(task: Task, sides: Sides): boolean {
+  const { ramBytes, gpuBytes, totalBytes } = roomOf(task, sides);
+  return ramBytes >= 0 && gpuBytes >= 0 && (totalBytes ?? 0) >= 0;
 }
 
 // ---- everything resident --------------------------------------------------------------------------------------
 
-function makeResident(
-  subject: ModelFiles,
-  machine: Machine,
-  limits: PlanLimits,
-  budget: number,
-): Plan | null {
-  const { model } = subject;
-  for (const context of contextChoices(model, limits)) {
-    const memory = memoryOf(model, {
-      context: context.tokens,
-      slots: limits.slotCount ?? 1,
-      ubatch: usualUbatchTokens,
-    });
-    if (totalBytes(memory) > budget) {
-      continue;
+/** With as many layers on the GPU as it holds; null where the rest is too much for the ram. */
+function residentSides(
+  task: Task,
+  contextTokens: number,
+  counts: (tensor: ModelTensor) => boolean = () => true,
+): { readonly sides: Sides; readonly gpuLayers: number } | null {
+  const { model } = task;
+  const most = task.gpu === null ? 0 : allGpuLayers(model);
+  for (let gpuLayers = most; gpuLayers >= 0; gpuLayers--) {
+    const use = useOf(task, { contextTokens, ubatchTokens: usualUbatchTokens, gpuLayers });
+    const sides = withWeights(memoryOf(model, use, false), bytesAt(model, gpuLayers, counts));
+    if (fits(task, gpuLayers === 0 ? { ...sides, gpu: noGpu } : sides)) {
+      return { sides, gpuLayers };
     }
-    const repack = totalBytes(memory) + memory.weightBytes <= budget;
-    return {
-      ...commonPart(subject, machine, limits, new Set()),
-      mode: "full-resident",
-      contextTokens: context.tokens,
-      batchTokens: residentBatchTokens,
-      ubatchTokens: usualUbatchTokens,
-      pollPercent: residentPollPercent,
-      repack,
-      loadMode: isAligned(model) ? "mmap" : "read",
-      streaming: null,
-      memory,
-      choices: [
-        {
-          name: "mode",
-          value: "full-resident",
-          reason: `${bytesText(totalBytes(memory))} fit in ${bytesText(budget)}`,
-        },
-        { name: "context", value: `${countText(context.tokens)} tokens`, reason: context.reason },
-        threadChoice(machine, limits),
-        {
-          name: "repacking",
-          value: repack ? "on" : "off",
-          reason: repack
-            ? "resident, and there is room for the rearranged copy"
-            : "no room for a second copy of the weights",
-        },
-      ],
-    };
   }
   return null;
+}
+
+const noGpu: GpuMemoryUse = { weightBytes: 0, kvBytes: 0, stateBytes: 0, computeBytes: 0 };
+
+function makeResident(task: Task): Plan | null {
+  for (const context of contextChoices(task)) {
+    const found = residentSides(task, context.tokens);
+    if (found !== null) return residentPlan(task, context, found);
+  }
+  return null;
+}
+
+function residentPlan(
+  task: Task,
+  context: ContextChoice,
+  { sides, gpuLayers }: { readonly sides: Sides; readonly gpuLayers: number },
+): Plan {
+  const { model, machine, limits, budget } = task;
+  const { ram, gpu } = sides;
+  const needed = sumOf(ram) + (task.gpu?.isUnified === true ? sumOf(gpu) : 0);
+  const repack = ram.weightBytes > 0 && gpuLayers === 0 && needed + ram.weightBytes <= budget;
+  const isPartial = gpuLayers > 0 && gpuLayers < allGpuLayers(model);
+  const mode = isPartial ? "partial-gpu" : "full-resident";
+  const placement: Placement = { gpuLayers, tiers: homesOf(model, gpuLayers), classes: [] };
+  return {
+    ...commonPart(task, placement, { context, sides, ubatchTokens: usualUbatchTokens }),
+    mode,
+    batchTokens: residentBatchTokens,
+    pollPercent: residentPollPercent,
+    repack,
+    loadMode: isAligned(model) ? "mmap" : "read",
+    streaming: null,
+    solved: null,
+    choices: [
+      {
+        name: "mode",
+        value: mode,
+        reason: `${bytesText(needed)} fit in ${bytesText(budget)}`,
+      },
+      ...gpuChoices(task, gpuLayers, sides),
+      { name: "context", value: `${countText(context.tokens)} tokens`, reason: context.reason },
+      ...kvChoices(task),
+      threadChoice(machine, limits),
+      {
+        name: "repacking",
+        value: repack ? "on" : "off",
+        reason: repack
+          ? "resident, and there is room for the rearranged copy"
+          : gpuLayers > 0
+            ? "layers on a GPU are computed as they lie in the file"
+            : "no room for a second copy of the weights",
+      },
+    ],
+  };
 }
 
 /** ggml computes on tensors at multiples of this (TENSOR_ALIGNMENT of ggml-impl.h); a file may hold them closer. */
@@ -233,33 +509,210 @@ function isAligned(model: Model): boolean {
   return model.tensors.every((tensor) => tensor.offsetBytes % tensorAlignBytes === 0);
 }
 
-function commonPart(
-  subject: ModelFiles,
-  machine: Machine,
-  limits: PlanLimits,
-  streamed: ReadonlySet<number>,
-) {
-  const threads = limits.threads ?? machine.computeCores;
+// ---- the page cache -------------------------------------------------------------------------------------------
+
+/**
+ * The file mapped, and the kernel drops what nobody touches. Chosen only where everything that a token computes on fits
+ * (all experts counted), so that the overflow is rows of tables, of which a token reads one, and layers that decoding
+ * leaves out: then nothing is read again and again, and no streaming can be faster. Never where a person set a limit,
+ * because mapped pages count as this process's until the kernel takes them.
+ */
+function makeMapped(task: Task): Plan | null {
+  const { model, limits, budget } = task;
+  if (limits.memoryBytes !== null || limits.mode === "stream" || !isAligned(model)) {
+    return null;
+  }
+  const isHot = (tensor: ModelTensor): boolean =>
+    tensor.touchedBytesPerToken >= tensor.sizeBytes || tensor.strides !== null;
+  const cold = new Set(model.tensors.filter((tensor) => !isHot(tensor)).map((tensor) => tensor.index));
+  const context = contextChoices(task)[0];
+  if (context === undefined || cold.size === 0) {
+    return null;
+  }
+  const use = useOf(task, { contextTokens: context.tokens, ubatchTokens: usualUbatchTokens, gpuLayers: 0 });
+  const sides = withWeights(memoryOf(model, use, false), bytesAt(model, 0, isHot));
+  // Rows in use: a sixteenth of the tables is far more than a text has different words.
+  const coldBytes = model.tensors.reduce((sum, one) => sum + (cold.has(one.index) ? one.sizeBytes : 0), 0);
+  if (sumOf(sides.ram) + coldBytes / 16 > budget) {
+    return null;
+  }
+  const tiers = model.tensors.map((tensor) => (cold.has(tensor.index) ? "nvme" : "ram") as Tier);
+  const placement: Placement = { gpuLayers: 0, tiers, classes: [] };
   return {
+    ...commonPart(task, placement, { context, sides, ubatchTokens: usualUbatchTokens }),
+    mode: "mmap",
+    batchTokens: residentBatchTokens,
+    pollPercent: residentPollPercent,
+    repack: false,
+    loadMode: "mmap",
+    streaming: null,
+    solved: null,
+    choices: [
+      {
+        name: "mode",
+        value: "mmap",
+        reason: `all that tokens compute on fits; ${bytesText(coldBytes)} that they hardly touch stay in the file`,
+      },
+      { name: "context", value: `${countText(context.tokens)} tokens`, reason: context.reason },
+      ...kvChoices(task),
+      threadChoice(task.machine, limits),
+      { name: "repacking", value: "off", reason: "no room for a second copy of the weights" },
+    ],
+  };
+}
+
+// ---- what all plans share -------------------------------------------------------------------------------------
+
+interface Settled {
+  readonly context: ContextChoice;
+  readonly sides: Sides;
+  readonly ubatchTokens: number;
+}
+
+function commonPart(task: Task, placement: Placement, { context, sides, ubatchTokens }: Settled) {
+  const { subject, model, limits, threads } = task;
+  const facts = factsOf(task, placement, ubatchTokens);
+  const part = {
     version: 1,
-    model: { name: subject.name, architecture: subject.model.architecture },
+    model: { name: subject.name, architecture: model.architecture },
     files: subject.files,
-    tensors: subject.model.tensors.map(
+    tensors: model.tensors.map(
       ({ name, fileIndex, offsetBytes, sizeBytes }, index): PlannedTensor => ({
         name,
         fileIndex,
         offsetBytes,
         sizeBytes,
-        tier: streamed.has(index) ? "nvme" : "ram",
+        tier: placement.tiers[index] ?? "ram",
       }),
     ),
+    contextTokens: context.tokens,
     slotCount: limits.slotCount ?? 1,
+    ubatchTokens,
     decodeThreads: threads,
     prefillThreads: threads,
-    gpuLayers: 0,
-    kvTypeK: "f16",
-    kvTypeV: "f16",
+    speculation: null,
+    gpuLayers: placement.gpuLayers,
+    kvTypeK: task.kvType,
+    kvTypeV: task.kvType,
+    memory: sides.ram,
+    gpuMemory: placement.gpuLayers === 0 ? null : sides.gpu,
+    longestContextTokens: longestContext(task, placement),
   } as const;
+  const estimate = adjust(
+    estimateOf(facts, task.speeds),
+    historyFacts(model, task.machine, threads, poolShareOf(placement.classes)),
+    task.knowledge.history ?? [],
+  );
+  return { ...part, estimate };
+}
+
+function historyFacts(model: Model, machine: Machine, threads: number, poolShare: number | null): PlanFacts {
+  const machineKey = machine.profile?.fingerprint ?? null;
+  return { machineKey, model, threads, poolShare, streams: poolShare !== null };
+}
+
+/** Of the streamed bytes, the share that the pool holds; null where nothing streams. */
+function poolShareOf(
+  classes: readonly {
+    readonly strideBytes: number;
+    readonly strideCount: number;
+    readonly slotCount: number;
+  }[],
+): number | null {
+  const sum = (pick: (one: (typeof classes)[number]) => number): number =>
+    classes.reduce((all, one) => all + pick(one) * one.strideBytes, 0);
+  return classes.length === 0 ? null : sum((one) => one.slotCount) / sum((one) => one.strideCount);
+}
+
+/** What a run of this plan did, to be kept for the next plan; null where there is nothing to compare it with. */
+export function runOf(
+  plan: Plan,
+  subject: Pick<ModelFiles, "model">,
+  machine: Machine,
+  figures: RunFigures,
+): MeasuredRun | null {
+  const { streaming } = plan;
+  const share =
+    streaming === null
+      ? null
+      : poolShareOf(
+          streaming.classes.map((one, classIndex) => ({
+            ...one,
+            strideCount: streaming.tensors.reduce(
+              (sum, set) => sum + (set.classIndex === classIndex ? set.strideCount : 0),
+              0,
+            ),
+          })),
+        );
+  const facts = historyFacts(subject.model, machine, plan.decodeThreads, share);
+  return measuredRun(facts, plan.estimate, figures);
+}
+
+function factsOf(task: Task, placement: Placement, ubatchTokens: number): CostFacts {
+  const { model, kvType, curve, reader } = task;
+  const onGpu = placement.gpuLayers >= allGpuLayers(model);
+  return {
+    model,
+    placement,
+    curve,
+    reader,
+    ubatchTokens,
+    kvBytesPerToken: onGpu ? 0 : kvBytesPerToken(model, { keyType: kvType, valueType: kvType }),
+  };
+}
+
+/** The most context with which the placement's kind of plan still fits, as a multiple of 256 (or what was trained). */
+function longestContext(task: Task, placement: Placement): number {
+  const { model } = task;
+  const trained = model.trainedContextTokens || usualContextTokens;
+  const streams = placement.classes.length > 0;
+  const cold = (tensor: ModelTensor): boolean => placement.tiers[tensor.index] !== "nvme";
+  const counts = streams ? (tensor: ModelTensor): boolean => tensor.strides === null : cold;
+  const fixed = bytesAt(model, placement.gpuLayers, counts);
+  const pool = streams ? leastPoolBytes(groupsOf({ model, homes: homesOf(model, placement.gpuLayers) })) : 0;
+  const holds = (contextTokens: number): boolean => {
+    const ubatchTokens = streams ? leastUbatchTokens : usualUbatchTokens;
+    const use = useOf(task, { contextTokens, ubatchTokens, gpuLayers: placement.gpuLayers });
+    const sides = withWeights(memoryOf(model, use, streams), fixed);
+    const withPool = { ...sides, ram: { ...sides.ram, poolBytes: pool } };
+    return fits(task, placement.gpuLayers === 0 ? { ...withPool, gpu: noGpu } : withPool);
+  };
+  if (holds(trained)) {
+    return trained;
+  }
+  let low = 0;
+  let high = Math.ceil(trained / 256);
+  while (high - low > 1) {
+    const middle = Math.floor((low + high) / 2);
+    if (holds(middle * 256)) low = middle;
+    else high = middle;
+  }
+  return low * 256;
+}
+
+function gpuChoices(task: Task, gpuLayers: number, { gpu }: Sides): readonly Choice[] {
+  if (task.gpu === null) {
+    return [];
+  }
+  const all = allGpuLayers(task.model);
+  return [
+    {
+      name: "gpu",
+      value: `${countText(gpuLayers)} of ${countText(all)} layers`,
+      reason:
+        gpuLayers === all
+          ? `${bytesText(sumOf(gpu))} fit in ${bytesText(task.gpu.bytes)}`
+          : `the most that ${bytesText(task.gpu.bytes)} hold`,
+    },
+  ];
+}
+
+function kvChoices({ kvType, limits }: Task): readonly Choice[] {
+  const reason =
+    limits.kvType === undefined || limits.kvType === null
+      ? "llama.cpp's own; smaller ones change answers"
+      : "asked for";
+  return [{ name: "context type", value: kvType, reason }];
 }
 
 function threadChoice(machine: Machine, limits: PlanLimits): Choice {
@@ -272,19 +725,8 @@ function threadChoice(machine: Machine, limits: PlanLimits): Choice {
 
 // ---- streaming ------------------------------------------------------------------------------------------------
 
-/** Direct reads are aligned to this (kDirectAlign of ffi/native/platform.h). */
-const directAlignBytes = 4096;
-/**
- * Reads of 1 MiB and less by eight threads reach what the disk gives, and no single one holds a thread for long
- * (reference measurements in test/bench/NOTES.md).
- */
-const readerThreads = 8;
-const pieceBytes = 1_048_576;
 const retryCount = 8;
 const retryWaitNs = 1_000_000;
-/** A block's gate and up are in use while the next ones are read: more depth than this gained nothing. */
-const ringSlots = 6;
-const spanWorkBytes = 16_777_216;
 /**
  * Experts come in several small graphs a layer, and waking a sleeping thread for each costs more than its spinning:
  * 10 % more tokens a second (test/bench/NOTES.md). A dense model waits for the disk, where spinning is waste.
@@ -292,80 +734,275 @@ const spanWorkBytes = 16_777_216;
 const streamingPollPercent = 20;
 /** Routing drifts with the text; a few thousand tokens of memory keep the hot experts through a change of topic. */
 const halfLifeTokens = 4096;
+const leastUbatchTokens = 32;
 
-interface StreamShape {
-  readonly ubatch: number;
-  readonly context: { readonly tokens: number; readonly reason: string };
-  readonly memory: MemoryUse;
+interface Streamed {
+  readonly context: ContextChoice;
+  readonly ubatchTokens: number;
+  readonly sides: Sides;
+  readonly solution: Solution;
 }
 
-function makeStreaming(
-  subject: ModelFiles,
-  machine: Machine,
-  limits: PlanLimits,
-  budget: number,
-): Plan | null {
-  const { model } = subject;
-  if (model.strides.length === 0) {
+function makeStreaming(task: Task): Plan | null {
+  if (task.model.strides.length === 0) {
     return null;
   }
-  const groups = classesOf(model);
-  const shape = chooseShape(model, groups, limits, budget);
-  if (shape === null) {
+  for (const context of contextChoices(task)) {
+    const found = streamWith(task, context);
+    if (found !== null) return streamingPlan(task, found);
+  }
+  return null;
+}
+
+/**
+ * Products on a GPU are not measured, so that a smaller share of the GPU has to promise this much of a shorter token
+ * before it is taken.
+ */
+const gpuWorth = 0.95;
+
+/** The best layers on the GPU, and then the best micro-batch, for this context; null where it does not fit. */
+function streamWith(task: Task, context: ContextChoice): Streamed | null {
+  const { solver } = task.knowledge;
+  const candidates = gpuCandidates(task, context);
+  let best: Streamed | null = null;
+  for (const gpuLayers of candidates) {
+    const found = firstUbatch(task, { context, gpuLayers }, greedyOnly);
+    if (found !== null && (best === null || found.solution.seconds < gpuWorth * best.solution.seconds)) {
+      best = found;
+    }
+  }
+  for (const gpuLayers of best === null ? candidates : [best.solution.placement.gpuLayers]) {
+    const found = firstUbatch(task, { context, gpuLayers }, solver);
+    if (found !== null) return withBestUbatch(task, found);
+  }
+  return null;
+}
+
+/** For questions that do not need the last percent. */
+const greedyOnly: ProgramSolver = () => null;
+
+/** All that hold what cannot stream, in five steps from the most to none: fewer layers leave room for whole ones. */
+function gpuCandidates(task: Task, context: ContextChoice): readonly number[] {
+  if (task.gpu === null) {
+    return [0];
+  }
+  let most = allGpuLayers(task.model);
+  while (most > 0 && attempt(task, { context, ubatchTokens: leastUbatchTokens, gpuLayers: most }) === null) {
+    most--;
+  }
+  return [...new Set([1, 0.75, 0.5, 0.25, 0].map((part) => Math.round(most * part)))];
+}
+
+interface Shape {
+  readonly context: ContextChoice;
+  readonly ubatchTokens: number;
+  readonly gpuLayers: number;
+}
+
+/** The memory of a shape with everything streamed, if the smallest pool fits too. */
+function attempt(task: Task, { context, ubatchTokens, gpuLayers }: Shape): Sides | null {
+  const { model } = task;
+  const use = useOf(task, { contextTokens: context.tokens, ubatchTokens, gpuLayers });
+  const fixed = bytesAt(model, gpuLayers, (tensor) => tensor.strides === null);
+  const made = withWeights(memoryOf(model, use, true), fixed);
+  const sides = gpuLayers === 0 ? { ...made, gpu: noGpu } : made;
+  const pool = leastPoolBytes(groupsOf({ model, homes: homesOf(model, gpuLayers) }));
+  return fits(task, { ...sides, ram: { ...sides.ram, poolBytes: pool } }) ? sides : null;
+}
+
+function firstUbatch(
+  task: Task,
+  shape: Omit<Shape, "ubatchTokens">,
+  solver: ProgramSolver | undefined,
+): Streamed | null {
+  for (let ubatchTokens = usualUbatchTokens; ubatchTokens >= leastUbatchTokens; ubatchTokens /= 2) {
+    const found = solved(task, { ...shape, ubatchTokens }, solver);
+    if (found !== null) return found;
+  }
+  return null;
+}
+
+function solved(task: Task, shape: Shape, solver: ProgramSolver | undefined): Streamed | null {
+  const { model, speeds, curve, limits } = task;
+  const sides = attempt(task, shape);
+  if (sides === null) {
     return null;
   }
-  const poolBudget = budget - totalBytes(shape.memory);
-  const classes = sizeClasses(model, groups, poolBudget);
+  const seconds = tierSeconds(speeds);
+  const solution = place(
+    {
+      model,
+      gpuLayers: shape.gpuLayers,
+      homes: homesOf(model, shape.gpuLayers),
+      room: roomOf(task, sides),
+      mustStream: limits.mode === "stream",
+      curve,
+      seconds,
+      judge: (placement) => judged(factsOf(task, placement, shape.ubatchTokens), speeds, seconds),
+    },
+    solver,
+  );
+  return solution === null ? null : { ...shape, sides, solution };
+}
+
+function tierSeconds(speeds: Speeds | null): TierSeconds {
+  const storage = speeds?.storage;
+  return speeds === null || storage === null || storage === undefined
+    ? orderOfTiers
+    : {
+        // No product on a GPU was measured: it is only known to be the better place.
+        gpu: () => 0,
+        ram: speeds.decodeSeconds,
+        read: (bytes) => bytes / storage.bestBytesPerSecond,
+      };
+}
+
+function judged(facts: CostFacts, speeds: Speeds | null, seconds: TierSeconds): number {
+  const measured = speeds === null ? null : secondsOfToken(facts, speeds);
+  if (measured !== null) {
+    return measured.total;
+  }
+  const { gpu, ram, pool, read } = bytesOfToken(facts);
+  return seconds.gpu("", gpu) + seconds.ram("", ram + pool + read) + seconds.read(read);
+}
+
+/** A page of prompt and a page of answer: what the micro-batch is chosen for. */
+const nominal = { promptTokens: 512, answerTokens: 256 } as const;
+
+/**
+ * A smaller micro-batch leaves room for slots and reads the streamed weights more often: the one with which a page is
+ * answered soonest. Not where a GPU computes: it was not measured, and is known to want wide batches.
+ */
+function withBestUbatch(task: Task, first: Streamed): Streamed {
+  const { gpuLayers } = first.solution.placement;
+  if (gpuLayers > 0) {
+    return first;
+  }
+  let best = first;
+  let bestSeconds = nominalSeconds(task, first);
+  for (let ubatchTokens = first.ubatchTokens / 2; ubatchTokens >= leastUbatchTokens; ubatchTokens /= 2) {
+    const found = solved(task, { context: first.context, ubatchTokens, gpuLayers }, greedyOnly);
+    if (found === null) continue;
+    const seconds = nominalSeconds(task, found);
+    if (seconds < bestSeconds) {
+      best = found;
+      bestSeconds = seconds;
+    }
+  }
+  return best === first ? first : (solved(task, { ...best, gpuLayers }, task.knowledge.solver) ?? best);
+}
+
+function nominalSeconds(task: Task, { solution, ubatchTokens }: Streamed): number {
+  const facts = factsOf(task, solution.placement, ubatchTokens);
+  const read = solution.placement.classes.reduce(
+    (sum, one) =>
+      sum + one.sets.reduce((all, set) => all + batchReads(one, set, ubatchTokens) * set.strideBytes, 0),
+    0,
+  );
+  const measured = task.speeds === null ? null : secondsOfBatch(facts, task.speeds);
+  const batch = measured ?? tierSeconds(task.speeds).read(read);
+  return Math.ceil(nominal.promptTokens / ubatchTokens) * batch + nominal.answerTokens * solution.seconds;
+}
+
+function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: Streamed): Plan {
+  const { model, machine, limits, budget, reader } = task;
+  const { placement } = solution;
+  const classes = placement.classes.map((one) => slotClass(one));
   const poolBytes = classes.reduce((sum, one) => sum + one.slotBytes * one.slotCount, 0);
-  const memory = { ...shape.memory, poolBytes };
-  const isMoe = model.kind === "mixture-of-experts";
-  const streamedBytes = streamedBytesOf(model);
+  const more = bytesAt(
+    model,
+    placement.gpuLayers,
+    (tensor) => tensor.strides !== null && placement.tiers[tensor.index] !== "nvme",
+  );
+  const withResident = withWeights(sides, {
+    ramBytes: more.ramBytes,
+    gpuBytes: more.gpuBytes - copiedOutputBytes(model, placement.gpuLayers),
+  });
+  const full = { ...withResident, ram: { ...withResident.ram, poolBytes } };
+  const hasExperts = placement.classes.some((one) => one.kind === "expert");
+  const hasDense = placement.classes.some((one) => one.kind === "dense");
+  const mode = hasExperts ? (hasDense ? "mixed-streaming" : "expert-streaming") : "dense-ffn-streaming";
+  const streamedBytes = placement.classes.reduce((sum, one) => sum + one.strideBytes * one.strideCount, 0);
+  const residentBytes = more.ramBytes + more.gpuBytes - copiedOutputBytes(model, placement.gpuLayers);
+  const lookahead = hasDense ? ringSlots : 0;
   return {
-    ...commonPart(subject, machine, limits, new Set(model.strides.map((set) => set.tensorIndex))),
-    mode: isMoe ? "expert-streaming" : "dense-ffn-streaming",
-    contextTokens: shape.context.tokens,
-    batchTokens: Math.max(shape.ubatch, limits.slotCount ?? 1, 2),
-    ubatchTokens: shape.ubatch,
-    pollPercent: isMoe ? streamingPollPercent : 0,
+    ...commonPart(task, placement, { context, sides: full, ubatchTokens }),
+    mode,
+    batchTokens: Math.max(ubatchTokens, limits.slotCount ?? 1, 2),
+    pollPercent: hasExperts ? streamingPollPercent : 0,
     repack: false,
     loadMode: machine.hasDirectLoad ? "direct" : "read",
     streaming: {
-      tensors: orderOfPass(model).map((set) => ({
-        tensorIndex: set.tensorIndex,
-        strideCount: set.strideCount,
-        classIndex: groups.findIndex((group) => group.key === classKey(model, set)),
-      })),
+      tensors: streamedTensors(model, placement),
       classes,
       reader: {
-        threads: readerThreads,
-        pieceBytes,
+        threads: reader.threads,
+        pieceBytes: reader.pieceBytes,
         direct: true,
         dropBuffered: true,
         retryCount,
         retryWaitNs,
       },
-      lookaheadStrides: isMoe ? 0 : ringSlots,
+      lookaheadStrides: lookahead,
       hugePages: true,
       touchThreads: machine.computeCores,
       spanWorkBytes,
-      touchedBytesPerToken: model.strides.reduce((sum, set) => sum + set.touchedCount * set.strideBytes, 0),
+      touchedBytesPerToken: placement.classes.reduce(
+        (sum, one) => sum + one.sets.reduce((all, set) => all + set.touchedCount * set.strideBytes, 0),
+        0,
+      ),
     },
-    memory,
+    solved: {
+      by: solution.by,
+      greedyCost: solution.greedySeconds,
+      programCost: solution.programSeconds,
+    },
     choices: [
       {
         name: "mode",
-        value: isMoe ? "expert-streaming" : "dense-ffn-streaming",
-        reason: `${bytesText(model.tensorBytes)} of weights do not fit in ${bytesText(budget)}`,
+        value: mode,
+        reason:
+          limits.mode === "stream"
+            ? "asked for"
+            : `${bytesText(model.tensorBytes)} of weights do not fit in ${bytesText(budget + (task.gpu?.isUnified === false ? task.gpu.bytes : 0))}`,
       },
+      ...gpuChoices(task, placement.gpuLayers, full),
       {
         name: "pool",
         value: bytesText(poolBytes),
         reason: `what the budget leaves, for ${bytesText(streamedBytes)} of streamed weights`,
       },
-      { name: "context", value: `${countText(shape.context.tokens)} tokens`, reason: shape.context.reason },
+      ...(residentBytes === 0
+        ? []
+        : [
+            {
+              name: "resident too",
+              value: bytesText(residentBytes),
+              reason: "streamable weights that save more in memory than slots would",
+            },
+          ]),
+      {
+        name: "slots",
+        value: classes.map((one) => countText(one.slotCount)).join(" + "),
+        reason: classes.map((one) => `${bytesText(one.strideBytes)} each`).join(" and "),
+      },
+      {
+        name: "lookahead",
+        value: countText(lookahead),
+        reason: hasDense
+          ? "matrices in a ring, read ahead in the order of use"
+          : "experts are known when the router has chosen",
+      },
+      {
+        name: "reader",
+        value: `${countText(reader.threads)} threads, pieces of ${bytesText(reader.pieceBytes)}`,
+        reason: reader.reason,
+      },
+      { name: "context", value: `${countText(context.tokens)} tokens`, reason: context.reason },
+      ...kvChoices(task),
       {
         name: "ubatch",
-        value: `${countText(shape.ubatch)} tokens`,
+        value: `${countText(ubatchTokens)} tokens`,
         reason: "each reads the streamed weights once",
       },
       threadChoice(machine, limits),
@@ -374,172 +1011,37 @@ function makeStreaming(
   };
 }
 
-interface ClassGroup {
-  readonly key: string;
-  readonly strideBytes: number;
-  readonly strideCount: number;
-  /** Strides of this class that one token touches. */
-  readonly touchedCount: number;
-  /** The most that one op touches for one token. */
-  readonly opTouchedCount: number;
-}
-
-function classKey(model: Model, set: StrideSet): string {
-  return `${model.tensors[set.tensorIndex]?.typeName} ${set.strideBytes}`;
-}
-
-function classesOf(model: Model): readonly ClassGroup[] {
-  const groups = new Map<string, ClassGroup>();
-  for (const set of model.strides) {
-    const key = classKey(model, set);
-    const group = groups.get(key);
-    groups.set(key, {
-      key,
-      strideBytes: set.strideBytes,
-      strideCount: (group?.strideCount ?? 0) + set.strideCount,
-      touchedCount: (group?.touchedCount ?? 0) + set.touchedCount,
-      opTouchedCount: Math.max(group?.opTouchedCount ?? 0, set.touchedCount),
-    });
-  }
-  return [...groups.values()];
-}
-
-/** By layer, and within a layer in the order llama.cpp's graph uses them: up and gate before down. */
-function orderOfPass(model: Model): readonly StrideSet[] {
-  const rank = (set: StrideSet): number => {
-    const tensor = model.tensors[set.tensorIndex];
-    return (tensor?.layer ?? 0) * 2 + (tensor?.name.includes("down") ? 1 : 0);
-  };
-  return [...model.strides].sort((a, b) => rank(a) - rank(b) || a.tensorIndex - b.tensorIndex);
-}
-
-function slotBytesOf(strideBytes: number): number {
-  return Math.floor((strideBytes + 2 * directAlignBytes - 2) / directAlignBytes) * directAlignBytes;
-}
-
-/** The fewest slots with which decoding is not absurd: the strides of one op twice, or a ring. */
-function leastSlots(model: Model, group: ClassGroup): number {
-  const wanted = model.kind === "mixture-of-experts" ? 2 * group.opTouchedCount : ringSlots;
-  return Math.min(group.strideCount, wanted);
-}
-
-function chooseShape(
-  model: Model,
-  groups: readonly ClassGroup[],
-  limits: PlanLimits,
-  budget: number,
-): StreamShape | null {
-  const leastPool = groups.reduce(
-    (sum, one) => sum + leastSlots(model, one) * slotBytesOf(one.strideBytes),
-    0,
+function streamedTensors(model: Model, { classes }: Placement): Streaming["tensors"] {
+  const classOf = new Map(
+    classes.flatMap((one, classIndex) => one.sets.map((set) => [set.tensorIndex, classIndex] as const)),
   );
-  for (const context of contextChoices(model, limits)) {
-    for (let ubatch = usualUbatchTokens; ubatch >= 32; ubatch /= 2) {
-      const memory = streamingMemory(model, context.tokens, limits.slotCount ?? 1, ubatch);
-      if (totalBytes(memory) + leastPool <= budget) {
-        return { ubatch, context, memory };
-      }
-    }
-  }
-  return null;
-}
-
-/** All but the pool. */
-function streamingMemory(model: Model, contextTokens: number, slots: number, ubatch: number): MemoryUse {
-  const memory = memoryOf(model, { context: contextTokens, slots, ubatch });
-  let widest = 0;
-  for (const set of model.strides) {
-    const [columns = 0, rows = 0] = model.tensors[set.tensorIndex]?.shape ?? [];
-    widest = Math.max(widest, columns + rows);
-  }
-  // ffi/native/backend.cpp, Computer: rows gathered for two experts at a time, ids and indices; the delegate's work
-  // memory for a product over a span of slots; and a bounce buffer for each reader thread.
-  const scratch = 2 * 4 * ubatch * widest + 20 * ubatch * Math.max(1, model.expertCount) + 1_048_576;
-  return {
-    ...memory,
-    weightBytes: model.tensorBytes - streamedBytesOf(model),
-    streamingBytes: scratch + spanWorkBytes + readerThreads * (pieceBytes + 2 * directAlignBytes),
-  };
-}
-
-function streamedBytesOf(model: Model): number {
-  return model.strides.reduce((sum, set) => sum + set.strideBytes * set.strideCount, 0);
-}
-
-/** Slots by class: everyone's least, and the rest in proportion to the bytes that each class holds. */
-function sizeClasses(model: Model, groups: readonly ClassGroup[], poolBudget: number): readonly SlotClass[] {
-  const least = groups.map((one) => leastSlots(model, one));
-  const leastBytes = groups.reduce((sum, one, i) => sum + (least[i] ?? 0) * slotBytesOf(one.strideBytes), 0);
-  const allBytes = groups.reduce((sum, one) => sum + one.strideCount * one.strideBytes, 0);
-  return groups.map((one, i) => {
-    const slotBytes = slotBytesOf(one.strideBytes);
-    const share = ((poolBudget - leastBytes) * (one.strideCount * one.strideBytes)) / allBytes;
-    const slotCount = Math.min(one.strideCount, (least[i] ?? 0) + Math.floor(share / slotBytes));
-    return {
-      strideBytes: one.strideBytes,
-      slotBytes,
-      slotCount,
-      opSlots: 1,
-      policy: policyFor(model, one, slotCount),
-    };
+  return orderOfPass(model).flatMap(({ tensorIndex, strideCount }) => {
+    const classIndex = classOf.get(tensorIndex);
+    return classIndex === undefined ? [] : [{ tensorIndex, strideCount, classIndex }];
   });
 }
 
-function policyFor(model: Model, group: ClassGroup, slotCount: number): CachePolicy {
-  const isMoe = model.kind === "mixture-of-experts";
+function slotClass(one: PlacedClass): SlotClass {
+  const touched = one.sets.reduce((sum, set) => sum + set.touchedCount, 0);
+  const ofOp = one.sets.reduce((most, set) => Math.max(most, set.touchedCount), 1);
   return {
-    kind: isMoe ? "lfu-decay" : "pinned-cyclic",
-    halfLifeTokens,
-    staleAfterPasses: 1,
-    // A whole class that fits stays; else all but the ring is a fixed subset (a cyclic order defeats any other).
-    pinnedSlots: isMoe
-      ? 0
-      : slotCount >= group.strideCount
-        ? slotCount - 1
-        : Math.max(0, slotCount - ringSlots),
-    workingSetStrides: group.touchedCount,
-    guardRingSlots: Math.max(1, Math.min(slotCount, 2 * group.opTouchedCount)),
+    strideBytes: one.strideBytes,
+    slotBytes: slotBytesOf(one.strideBytes),
+    slotCount: one.slotCount,
+    opSlots: 1,
+    policy: {
+      // A cyclic order defeats every policy but a fixed subset; experts come by use.
+      kind: one.kind === "expert" ? "lfu-decay" : "pinned-cyclic",
+      halfLifeTokens,
+      staleAfterPasses: 1,
+      pinnedSlots: one.kind === "expert" ? 0 : pinnedCount(one.slotCount, one.strideCount),
+      workingSetStrides: touched,
+      guardRingSlots: Math.max(1, Math.min(one.slotCount, 2 * ofOp)),
+    },
   };
 }
 
-// ---- memory ---------------------------------------------------------------------------------------------------
-
-interface Use {
-  readonly context: number;
-  readonly slots: number;
-  readonly ubatch: number;
-}
-
-function memoryOf(model: Model, use: Use): MemoryUse {
-  const kv = memoryBytes(model, {
-    keyType: "f16",
-    valueType: "f16",
-    contextTokens: use.context * use.slots,
-    batchTokens: use.ubatch,
-    sequenceCount: use.slots,
-  });
-  return {
-    weightBytes: model.tensorBytes,
-    ...kv,
-    computeBytes: computeBytes(model, use),
-    poolBytes: 0,
-    streamingBytes: 0,
-    processBytes,
-  };
-}
-
-/**
- * Bytes of the graph's scratch for one micro-batch of u tokens over the n cells of KV of one slot:
- * u * (4 * (7 * embd + ffn) + 2 * n) + 4 * vocab * outputs. Per token a block keeps about seven rows of the
- * embedding's width at once, the widest FFN product twice (gate and up; with experts, for each one used, and its
- * output), and one row of the attention mask in f16. Checked against llama.cpp's own allocation by a test.
- */
-function computeBytes(model: Model, use: Use): number {
-  const dense = 2 * model.feedForwardLength;
-  const experts = model.expertUsedCount * (3 * model.expertFeedForwardLength + model.embeddingLength);
-  const floats = 7 * model.embeddingLength + Math.max(dense, experts);
-  return use.ubatch * (4 * floats + 2 * use.context) + 4 * model.vocabularySize * use.slots;
-}
+// ---- context --------------------------------------------------------------------------------------------------
 
 interface ContextChoice {
   readonly tokens: number;
@@ -547,7 +1049,7 @@ interface ContextChoice {
 }
 
 /** What to try, best first. */
-function contextChoices(model: Model, limits: PlanLimits): readonly ContextChoice[] {
+function contextChoices({ model, limits }: Pick<Task, "model" | "limits">): readonly ContextChoice[] {
   const trained = model.trainedContextTokens || usualContextTokens;
   if (limits.contextTokens !== null) {
     // The core uses no more than the model was trained for (n_ctx_slot); more would be memory for nothing.
@@ -565,23 +1067,52 @@ function contextChoices(model: Model, limits: PlanLimits): readonly ContextChoic
   return choices;
 }
 
-function refusal(model: Model, budget: number, machine: Machine, limits: PlanLimits): HypuraError {
+// ---- a plan from a file ---------------------------------------------------------------------------------------
+
+/** The given plan, for the files of this model. Throws where it was made for another one. */
+function followed(subject: ModelFiles, plan: Plan): Plan {
+  const { tensors } = subject.model;
+  const other = plan.tensors.findIndex((planned, index) => {
+    const tensor = tensors[index];
+    return (
+      tensor === undefined ||
+      tensor.name !== planned.name ||
+      tensor.fileIndex !== planned.fileIndex ||
+      tensor.offsetBytes !== planned.offsetBytes ||
+      tensor.sizeBytes !== planned.sizeBytes
+    );
+  });
+  if (plan.tensors.length === tensors.length && other < 0 && plan.files.length === subject.files.length) {
+    return { ...plan, files: subject.files };
+  }
+  const where =
+    other < 0
+      ? `it has ${countText(plan.tensors.length)} tensors in ${plan.files.length} files, the model ${countText(tensors.length)} in ${subject.files.length}`
+      : `its tensor ${JSON.stringify(plan.tensors[other]?.name)} is not the model's`;
+  throw new HypuraError(
+    "usage",
+    `the plan was made for another model (${where}): make one with \`hypura inspect MODEL --json\``,
+  );
+}
+
+// ---- refusal --------------------------------------------------------------------------------------------------
+
+function refusal(task: Task): HypuraError {
+  const { model, budget, machine, limits } = task;
   const where =
     limits.memoryBytes !== null && limits.memoryBytes <= machine.memory.availableBytes
       ? "allowed by --memory"
       : machine.memory.limitedBy === null
         ? "free for it"
         : `left under the control group ${machine.memory.limitedBy}`;
-  const slots = limits.slotCount ?? 1;
-  const tokens = contextChoices(model, limits).at(-1)?.tokens ?? usualContextTokens;
+  const tokens = contextChoices(task).at(-1)?.tokens ?? usualContextTokens;
   const mayStream = limits.mode !== "resident" && model.strides.length > 0;
-  const least = mayStream
-    ? streamingMemory(model, tokens, slots, 32)
-    : memoryOf(model, { context: tokens, slots, ubatch: usualUbatchTokens });
-  const pool = mayStream
-    ? classesOf(model).reduce((sum, one) => sum + leastSlots(model, one) * slotBytesOf(one.strideBytes), 0)
-    : 0;
-  const total = totalBytes(least) + pool;
+  const ubatchTokens = mayStream ? leastUbatchTokens : usualUbatchTokens;
+  const use = useOf(task, { contextTokens: tokens, ubatchTokens, gpuLayers: 0 });
+  const counts = mayStream ? (tensor: ModelTensor) => tensor.strides === null : () => true;
+  const least = withWeights(memoryOf(model, use, mayStream), bytesAt(model, 0, counts)).ram;
+  const pool = mayStream ? leastPoolBytes(groupsOf({ model, homes: homesOf(model, 0) })) : 0;
+  const total = sumOf(least) + pool;
   const parts = [
     `${mayStream ? "weights that cannot stream" : "weights"} ${bytesText(least.weightBytes)}`,
     ...(mayStream ? [`the smallest pool for the rest ${bytesText(pool)}`] : []),
@@ -589,15 +1120,24 @@ function refusal(model: Model, budget: number, machine: Machine, limits: PlanLim
     `scratch ${bytesText(least.computeBytes + least.streamingBytes)}`,
     `hypura itself ${bytesText(least.processBytes)}`,
   ];
-  const advice =
-    limits.contextTokens !== null && limits.contextTokens > 512
-      ? "lower --context"
-      : limits.mode === "resident" && model.strides.length > 0
-        ? "let it stream (--mode auto)"
-        : "close programs, or take a smaller or more quantised model";
   return new HypuraError(
     "not-enough-memory",
     `the model needs ${bytesText(total)} (${parts.join(", ")}), ${bytesText(budget)} are ${where}, ` +
-      `${bytesText(total - budget)} too few: ${advice}`,
+      `${bytesText(total - budget)} too few: ${advice(task, least, total - budget)}`,
   );
+}
+
+/** The nearest thing that would make it fit. */
+function advice({ model, limits, kvType }: Task, least: MemoryUse, missingBytes: number): string {
+  if (limits.mode === "resident" && model.strides.length > 0) {
+    return "let it stream (--mode auto)";
+  }
+  const halfKv =
+    kvType === "f16" && least.kvBytes * (1 - 17 / 32) > missingBytes && model.keyLength % 32 === 0;
+  if (limits.contextTokens !== null && limits.contextTokens > 512) {
+    return halfKv ? "lower --context, or give --kv-type q8_0 (answers change a little)" : "lower --context";
+  }
+  return limits.memoryBytes === null
+    ? "close programs, or take a smaller or more quantised model"
+    : "close programs and allow more, or take a smaller or more quantised model";
 }

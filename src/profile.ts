@@ -261,12 +261,11 @@ async function measureProducts(machine: Machine, options: LoadOptions): Promise<
   };
   const products: ProductSpeed[] = [];
   const tell = (): void => {
+    const next = measuredTypes[products.length];
     const done = products.length / measuredTypes.length;
-    const span = progressOf.products - progressOf.copy;
-    onProgress?.(
-      `products with ${measuredTypes[products.length] ?? "weights"}`,
-      progressOf.copy + span * done,
-    );
+    if (next !== undefined) {
+      onProgress?.(`products with ${next}`, progressOf.copy + (progressOf.products - progressOf.copy) * done);
+    }
   };
   tell();
   for await (const { data } of run("products", body, signal)) {

@@ -16,7 +16,7 @@ import { dirname, join, resolve } from "node:path";
 import { type EngineChunk, runTask } from "./engine";
 import { HypuraError } from "./errors";
 import { type ReadSpeed, type StorageSpeed, volumeOf } from "./machine";
-import { bytesText } from "./text";
+import { bytesText, durationText } from "./text";
 
 /** Native code that measures; tests put another in its place. */
 export type TaskRunner = (name: string, body: object, signal?: AbortSignal) => AsyncIterable<EngineChunk>;
@@ -173,12 +173,12 @@ const scratchName = /^\.hypura-scratch-(\d+)$/;
 /** Writes a file into the folder of `path`, past the page cache. `remove` is idempotent and runs at exit in any case. */
 async function writeScratch(
   path: string,
-  seconds: number,
-  { signal, run = runTask }: MeasureOptions,
+  { settings, scratchSeconds: seconds, signal, run = runTask }: GridOptions,
 ): Promise<{ readonly source: ReadSource; readonly remove: () => void }> {
   const folder = statOf(path).isDirectory() ? path : dirname(resolve(path));
   removeAbandoned(folder);
   const file = join(folder, `.hypura-scratch-${process.pid}`);
+  const leastBytes = Math.max(...settings.map((setting) => setting.readBytes));
   const sizeBytes =
     Math.floor(Math.min(scratchBytes, freeBytes(folder) * scratchShare) / scratchChunkBytes) *
     scratchChunkBytes;
@@ -197,12 +197,15 @@ async function writeScratch(
     const body = { path: file, sizeBytes, chunkBytes: scratchChunkBytes, durationNs: nanoseconds(seconds) };
     for await (const { data } of run("scratch", body, signal)) {
       const { bytes } = data as { readonly bytes: number };
+      if (bytes < leastBytes) {
+        throw new HypuraError("io", `only ${bytesText(bytes)} could be written in ${durationText(seconds)}`);
+      }
       return { source: { path: file, sizeBytes: bytes, isScratch: true }, remove };
     }
     throw new HypuraError("internal", "the scratch file was written without a word");
   } catch (cause) {
     remove();
-    if (cause instanceof HypuraError && cause.code !== "request") {
+    if (cause instanceof HypuraError && cause.code !== "request" && cause.code !== "io") {
       throw cause;
     }
     throw new HypuraError(
@@ -242,6 +245,8 @@ function isAlive(pid: number): boolean {
 export interface GridOptions extends MeasureOptions {
   readonly settings: readonly ReadSetting[];
   readonly secondsPerSetting: number;
+  /** Read into huge pages, as a plan's pool is made of; false: into base pages, as most other programs do. */
+  readonly hugePages?: boolean;
   /** At most this long for writing a scratch file. */
   readonly scratchSeconds: number;
 }
@@ -253,9 +258,7 @@ export async function measureStorage(path: string, options: GridOptions): Promis
   const existing = findSource(path);
   options.onProgress?.(existing === null ? "writing a file to read" : "reading", 0);
   const { source, remove } =
-    existing === null
-      ? await writeScratch(path, options.scratchSeconds, options)
-      : { source: existing, remove: () => {} };
+    existing === null ? await writeScratch(path, options) : { source: existing, remove: () => {} };
   if (source.isScratch) {
     notes.push(
       `${dirname(source.path)} has no file that is large, without holes and left alone for a minute: a scratch file of ` +
@@ -306,14 +309,14 @@ interface CellFigures {
 
 async function readCells(
   source: ReadSource,
-  { settings, secondsPerSetting, signal, onProgress, run = runTask }: GridOptions,
+  { settings, secondsPerSetting, hugePages = true, signal, onProgress, run = runTask }: GridOptions,
   doneFraction: number,
 ): Promise<readonly ReadResult[]> {
   // Other places in each run: what a disk or a host keeps of the last one must not answer.
   const seed = crypto.getRandomValues(new Uint32Array(1))[0] as number;
   const body = {
     files: [{ path: source.path, sizeBytes: source.sizeBytes }],
-    hugePages: true, // as a plan's pool
+    hugePages,
     retryCount: 8,
     retryWaitNs: 1_000_000,
     pollNs: 1_000_000,

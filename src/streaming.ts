@@ -1,6 +1,7 @@
 // What streaming did, from the engine's counters: the difference of two readings, and the honest figures in it. Pure.
 
-import { bandwidthText, bytesText, rateText } from "./text";
+import type { Plan } from "./plan";
+import { bandwidthText, bytesText, durationText, rateText, table } from "./text";
 
 /** Counts since the engine opened; ffi/native/engine.cpp, streaming_json. */
 export interface StreamingCounters {
@@ -35,15 +36,70 @@ export interface StreamingCounters {
   readonly resyncs: number;
   /** Time with at least one read under way. */
   readonly readingNs: number;
+  /** In the order of the plan's streamed tensors. */
+  readonly tensors: readonly TensorCounters[];
+}
+
+export interface TensorCounters {
+  /** Strides that products asked for. */
+  readonly asked: number;
+  /** Of those, the ones that were not ready. */
+  readonly late: number;
+  readonly stallNs: number;
 }
 
 /** What happened between two readings. */
 export function countersSince(before: StreamingCounters, after: StreamingCounters): StreamingCounters {
-  const entries = Object.entries(after).map(([key, value]) => [
+  const { tensors, poolBytes, ...counts } = after;
+  const entries = Object.entries(counts).map(([key, value]) => [
     key,
-    key === "poolBytes" ? value : value - before[key as keyof StreamingCounters],
+    value - before[key as keyof typeof counts],
   ]);
-  return Object.fromEntries(entries) as unknown as StreamingCounters;
+  return {
+    ...(Object.fromEntries(entries) as typeof counts),
+    poolBytes,
+    tensors: tensors.map(({ asked, late, stallNs }, i) => {
+      const was = before.tensors[i];
+      return {
+        asked: asked - (was?.asked ?? 0),
+        late: late - (was?.late ?? 0),
+        stallNs: stallNs - (was?.stallNs ?? 0),
+      };
+    }),
+  };
+}
+
+export interface LayerShare {
+  readonly layer: number;
+  /** Strides asked for, and the share of them that was ready. */
+  readonly asked: number;
+  readonly hitRate: number;
+  /** Bytes that were not ready when asked for. */
+  readonly lateBytes: number;
+  readonly stallSeconds: number;
+}
+
+/** The tensors' counts by layer, as the plan's names number them. */
+export function layersOf(counters: StreamingCounters, plan: Plan): readonly LayerShare[] {
+  const layers = new Map<number, { asked: number; late: number; lateBytes: number; stallNs: number }>();
+  for (const [i, { tensorIndex, classIndex }] of (plan.streaming?.tensors ?? []).entries()) {
+    const { asked, late, stallNs } = counters.tensors[i] ?? { asked: 0, late: 0, stallNs: 0 };
+    const layer = Number(/^blk\.(\d+)\./.exec(plan.tensors[tensorIndex]?.name ?? "")?.[1] ?? -1);
+    const strideBytes = plan.streaming?.classes[classIndex]?.strideBytes ?? 0;
+    const sum = layers.get(layer) ?? { asked: 0, late: 0, lateBytes: 0, stallNs: 0 };
+    sum.asked += asked;
+    sum.late += late;
+    sum.lateBytes += late * strideBytes;
+    sum.stallNs += stallNs;
+    layers.set(layer, sum);
+  }
+  return [...layers].map(([layer, { asked, late, lateBytes, stallNs }]) => ({
+    layer,
+    asked,
+    hitRate: 1 - late / Math.max(1, asked),
+    lateBytes,
+    stallSeconds: stallNs / 1e9,
+  }));
 }
 
 export interface StreamingShare {
@@ -90,4 +146,22 @@ export function streamingText(
     parts.push(`bound ${bound} at the ${bandwidthText(share.readBytesPerSecond)} that the disk gave`);
   }
   return parts.join(", ");
+}
+
+/** A row for each layer, for `--verbose`. */
+export function layersText(layers: readonly LayerShare[], tokens: number): string {
+  const each = Math.max(1, tokens);
+  return table(
+    [
+      ["layer", "strides a token", "ready", "read a token", "waited a token"],
+      ...layers.map((one) => [
+        one.layer < 0 ? "none" : String(one.layer),
+        (one.asked / each).toFixed(1),
+        `${(100 * one.hitRate).toFixed(1)} %`,
+        bytesText(one.lateBytes / each),
+        durationText(one.stallSeconds / each),
+      ]),
+    ],
+    [0, 1, 2, 3, 4],
+  );
 }

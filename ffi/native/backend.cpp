@@ -5,6 +5,7 @@
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
+#include "ggml-impl.h"
 #include "ggml.h"
 
 #include <algorithm>
@@ -34,6 +35,7 @@ public:
     void set_threads(ggml_backend_t backend, int thread_count) override {
         ggml_backend_cpu_set_n_threads(backend, thread_count);
     }
+    bool takes_any_distance() const override { return true; } // its kernels step by nb[2]
 
 private:
     ggml_threadpool * const threads_;
@@ -44,6 +46,10 @@ private:
 
 std::unique_ptr<DelegateFactory> make_cpu_delegate(ggml_threadpool * threads) {
     return std::make_unique<CpuDelegate>(threads);
+}
+
+int32_t uses_in_graph(const ggml_cgraph * split, int node_index) {
+    return split->visited_hash_set.size == 0 ? -1 : ggml_node_get_use_count(split, node_index);
 }
 
 // ------------------------------------------------------------------------------------------------ the device
@@ -119,7 +125,7 @@ bool StreamState::open(std::string * sentence) {
         }
         stream.trace_to(&trace);
     }
-    weights.resize(spec.tensors.size());
+    weights = std::make_unique<Weight[]>(spec.tensors.size());
     for (uint32_t i = 0; i < spec.tensors.size(); ++i) {
         weights[i].spec = &spec.tensors[i];
         weights[i].order = i;
@@ -326,7 +332,7 @@ void device_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
 
 ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
     StreamDevice::Impl & device = impl_of(dev);
-    for (Weight & weight : device.weights) {
+    for (Weight & weight : device.all_weights()) {
         if (weight.tensor != nullptr) {
             weight.tensor->ne[3] = 1; // loading is over; idempotent, there may be more contexts
         }
@@ -456,6 +462,14 @@ uint64_t StreamDevice::pool_bytes() const {
 
 BackendCounters StreamDevice::counters() const {
     return {impl_->pass_count, impl_->op_count, impl_->delegate_calls, impl_->wave_count, impl_->gathered_count};
+}
+
+std::vector<WeightCounters> StreamDevice::weight_counters() const {
+    std::vector<WeightCounters> counters;
+    for (const Weight & weight : impl_->all_weights()) {
+        counters.push_back({weight.asked_count, weight.late_count, weight.stall_ns});
+    }
+    return counters;
 }
 
 void StreamDevice::interrupt(bool on) {

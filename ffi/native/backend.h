@@ -56,6 +56,8 @@ public:
     // The delegate's device: asked whether it can run what stands between two streamed products.
     virtual ggml_backend_dev_t device() = 0;
     virtual void set_threads(ggml_backend_t backend, int thread_count) = 0;
+    // Whether the experts of a weight may lie at any distance in bytes; else only at whole blocks of its type.
+    virtual bool takes_any_distance() const { return false; }
 };
 
 // llama.cpp's CPU backend, on a thread pool that the engine owns and llama.cpp shares.
@@ -68,6 +70,13 @@ struct BackendCounters {
     uint64_t delegate_calls = 0;    // graphs handed to the delegate
     uint64_t wave_count = 0;        // begins beyond the first of an op
     uint64_t gathered_count = 0; // products on some experts of an op, the others not being there yet
+};
+
+// Of one streamed tensor.
+struct WeightCounters {
+    uint64_t asked_count; // strides that products asked for
+    uint64_t late_count;  // of those, not ready when asked for
+    uint64_t stall_ns;
 };
 
 class StreamDevice {
@@ -98,6 +107,7 @@ public:
     Stream & stream();
     uint64_t pool_bytes() const;
     BackendCounters counters() const;
+    std::vector<WeightCounters> weight_counters() const; // in the order of the plan
 
     // While on, passes end with GGML_STATUS_FAILED at the next stride. From any thread.
     void interrupt(bool on);

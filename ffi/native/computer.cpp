@@ -29,12 +29,6 @@ bool wants_contiguous_experts(ggml_type type) {
     }
 }
 
-// True when t's rows (dimensions 1 and 2) lie at one distance, so that they can be numbered through.
-bool rows_are_even(const ggml_tensor * t) {
-    return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1 &&
-           (t->ne[1] == 1 || t->ne[2] == 1 || t->nb[2] == t->nb[1] * static_cast<size_t>(t->ne[1]));
-}
-
 bool overlaps(const ggml_tensor * a, const ggml_tensor * b) {
     const auto * a0 = static_cast<const char *>(a->data);
     const auto * b0 = static_cast<const char *>(b->data);
@@ -47,11 +41,16 @@ ggml_backend_buffer_t buffer_of(const ggml_tensor * t) {
 
 } // namespace
 
+bool rows_are_even(const ggml_tensor * t) {
+    return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1 &&
+           (t->ne[1] == 1 || t->ne[2] == 1 || t->nb[2] == t->nb[1] * static_cast<size_t>(t->ne[1]));
+}
+
 Computer::Computer(StreamState & device) : device_(device), delegate_(device.delegate.create()) {
     uint32_t largest = 1;
     int64_t widest_in = 1;
     int64_t widest_out = 1;
-    for (const Weight & w : device.weights) {
+    for (const Weight & w : device.all_weights()) {
         largest = std::max(largest, w.spec->stride_count);
         if (w.tensor != nullptr) {
             widest_in = std::max(widest_in, w.tensor->ne[0]);
@@ -72,6 +71,8 @@ Computer::Computer(StreamState & device) : device_(device), delegate_(device.del
     pair_rows_.resize(static_cast<size_t>(tokens) * largest);
     pair_rows64_.resize(static_cast<size_t>(tokens) * largest);
     span_ids_.resize(static_cast<size_t>(tokens) * largest);
+    pair_experts_.resize(static_cast<size_t>(tokens) * largest);
+    chain_places_.resize(static_cast<size_t>(tokens) * largest);
     shadows_.resize(graph_nodes * 4);
     ggml_init_params params{};
     params.mem_size = ggml_graph_overhead_custom(graph_nodes, false) + ggml_tensor_overhead();
@@ -95,7 +96,7 @@ Computer::Computer(StreamState & device) : device_(device), delegate_(device.del
     zeros.buffer = scratch_.buffer();
     std::fill(span_ids_.begin(), span_ids_.end(), 0);
     ggml_backend_tensor_set(&zeros, span_ids_.data(), 0, tokens * sizeof(int32_t));
-    scratch_kept_ = scratch_.used();
+    scratch_base_ = scratch_kept_ = scratch_.used();
     ok_ = true;
 }
 
@@ -117,6 +118,7 @@ ggml_status Computer::compute(ggml_cgraph * cgraph) {
     if (!done) {
         ggml_graph_clear(graph_); // what was not computed yet is not wanted any more
         shadows_used_ = 0;
+        scratch_kept_ = scratch_base_;
         scratch_.reset(scratch_kept_);
     }
     release_everything();
@@ -152,8 +154,9 @@ bool Computer::run(ggml_cgraph * cgraph) {
             }
             next_op = 0;
         }
-        const uint32_t end = stage_end(cgraph, next_op);
-        if (!run_stage(next_op, end)) {
+        const bool chained = find_chain(cgraph, next_op);
+        const uint32_t end = chained ? chain_.last_op + 1 : stage_end(cgraph, next_op);
+        if (!(chained ? run_chain(cgraph) : run_stage(next_op, end))) {
             return false;
         }
         i = static_cast<int>(ops_[end - 1].node_index) + 1;
@@ -268,7 +271,18 @@ bool Computer::list_experts(Op & op) {
 
 bool Computer::begin_all() {
     const BeginResult begun = device_.stream.begin({leases_.data(), lease_count_}, Holding::kNothing);
+    count_asked();
     return begun.status != Status::kInterrupted || fail("the request was cancelled");
+}
+
+void Computer::count_asked() {
+    for (uint32_t i = 0; i < op_count_; ++i) {
+        const Op & op = ops_[i];
+        const Lease * first = leases_.data() + op.first_lease;
+        const auto ready = std::count_if(first, first + op.lease_count, [](const Lease & l) { return l.state == LeaseState::kReady; });
+        op.weight->asked_count += op.lease_count;
+        op.weight->late_count += op.lease_count - static_cast<uint32_t>(ready);
+    }
 }
 
 // Products that follow each other directly and do not need each other's results: whichever is ready may go first. Not
@@ -317,8 +331,8 @@ bool Computer::run_stage(uint32_t first, uint32_t last) {
 // few products as the scratch allows.
 bool Computer::start_ready(Op & op) {
     ready_count_ = 0;
-    for (uint32_t i = op.first_lease; i < op.first_lease + op.lease_count; ++i) {
-        if (!computed_[i] && leases_[i].state == LeaseState::kReady) {
+    for (uint32_t i = 0; i < op.lease_count; ++i) {
+        if (!computed_[op.first_lease + i] && leases_[op.first_lease + i].state == LeaseState::kReady) {
             ready_[ready_count_++] = i;
         }
     }
@@ -327,19 +341,19 @@ bool Computer::start_ready(Op & op) {
     }
     bool added = true;
     if (!op.routed) {
-        added = compute_whole(op, leases_[ready_[0]]);
+        added = compute_whole(op, ready_lease(op, 0));
     } else if (ready_count_ == op.lease_count && one_span(op, 0, ready_count_, op.used_count() * op.token_count())) {
         added = compute_span(op);
     } else {
         for (uint32_t from = 0; from < ready_count_ && added;) {
             const uint32_t to = group_end(op, from);
-            added = op.token_count() == 1 && to == from + 1 ? compute_single(op, leases_[ready_[from]])
+            added = op.token_count() == 1 && to == from + 1 ? compute_single(op, ready_lease(op, from))
                                                             : compute_gathered(op, from, to);
             from = to;
         }
     }
     for (uint32_t i = 0; i < ready_count_; ++i) {
-        computed_[ready_[i]] = 1;
+        computed_[op.first_lease + ready_[i]] = 1;
     }
     op.computed += ready_count_;
     return added;
@@ -347,7 +361,7 @@ bool Computer::start_ready(Op & op) {
 
 // Ready leases from `from` on that go into one product.
 uint32_t Computer::group_end(const Op & op, uint32_t from) const {
-    uint32_t pairs = leases_[ready_[from]].token_count;
+    uint32_t pairs = ready_lease(op, from).token_count;
     uint32_t to = from + 1;
     while (to < ready_count_) {
         pairs += leases_[ready_[to]].token_count;
@@ -410,7 +424,19 @@ bool Computer::wait_for(uint32_t first, uint32_t last) {
             return true; // a wave brought something that was ready already
         }
     }
-    switch (device_.stream.wait_some({leases_.data() + begin, end - begin})) {
+    uint32_t waiting = first; // the first that still lacks a stride
+    while (waiting + 1 < last && ops_[waiting].computed == ops_[waiting].lease_count) {
+        ++waiting;
+    }
+    return wait_for_read(*ops_[waiting].weight, {leases_.data() + begin, end - begin});
+}
+
+// Until one of them that is being read is there; the time counts for `weight`.
+bool Computer::wait_for_read(Weight & weight, Span<Lease> leases) {
+    const uint64_t start_ns = platform::now_ns();
+    const Status status = device_.stream.wait_some(leases);
+    weight.stall_ns += platform::now_ns() - start_ns;
+    switch (status) {
         case Status::kOk:
             return true;
         case Status::kInterrupted:
@@ -543,11 +569,11 @@ bool Computer::compute_whole(Op & op, const Lease & lease) {
 // Several slots are one weight to the delegate when their strides lie at one phase. Worth it while the kernel's tables,
 // (slots spanned) x (pairs) of two 32-bit numbers, stay within the plan's bound.
 bool Computer::one_span(const Op & op, uint32_t from, uint32_t to, uint64_t pairs) const {
-    const Lease & one = leases_[ready_[from]];
+    const Lease & one = ready_lease(op, from);
     uint32_t low = one.slot_index;
     uint32_t high = one.slot_index;
     for (uint32_t i = from; i < to; ++i) {
-        const Lease & lease = leases_[ready_[i]];
+        const Lease & lease = ready_lease(op, i);
         low = std::min(low, lease.slot_index);
         high = std::max(high, lease.slot_index);
         if (lease.phase_bytes != one.phase_bytes) {
@@ -558,43 +584,36 @@ bool Computer::one_span(const Op & op, uint32_t from, uint32_t to, uint64_t pair
         }
     }
     const uint64_t slot_bytes = device_.spec.stream.classes[one.class_index].slot_bytes;
-    return slot_bytes % ggml_type_size(op.node->src[0]->type) == 0 &&
+    const bool even = slot_bytes % ggml_type_size(op.node->src[0]->type) == 0 || device_.delegate.takes_any_distance();
+    return even &&
            (high - low + 1) * pairs * 2 * sizeof(int32_t) <= device_.spec.span_work_bytes;
 }
 
 // The lowest slot of a group, and how many slots it spans.
-Computer::SlotSpan Computer::span_of(uint32_t from, uint32_t to) const {
-    uint32_t low = ready_[from];
+Computer::SlotSpan Computer::span_of(const Op & op, uint32_t from, uint32_t to) const {
+    const Lease * low = &ready_lease(op, from);
     uint32_t high = 0;
     for (uint32_t i = from; i < to; ++i) {
-        low = leases_[ready_[i]].slot_index < leases_[low].slot_index ? ready_[i] : low;
-        high = std::max(high, leases_[ready_[i]].slot_index);
+        const Lease & lease = ready_lease(op, i);
+        low = lease.slot_index < low->slot_index ? &lease : low;
+        high = std::max(high, lease.slot_index);
     }
-    return {low, high - leases_[low].slot_index + 1};
+    return {low, high - low->slot_index + 1};
 }
 
-// While it lives, place_ tells for each expert of the group its slot within the span.
-class Computer::SlotTable {
-public:
-    SlotTable(Computer & c, const Op & op, uint32_t from, uint32_t to, uint32_t lowest)
-        : c_(c), first_(op.weight->spec->first_stride), from_(from), to_(to) {
-        for (uint32_t i = from; i < to; ++i) {
-            const Lease & lease = c.leases_[c.ready_[i]];
-            c.place_[lease.stride_index - first_] = lease.slot_index - lowest;
-        }
+Computer::SlotTable::SlotTable(Computer & c, const Op & op, uint32_t from, uint32_t to, const Lease & lowest)
+    : c_(c), op_(op), from_(from), to_(to) {
+    for (uint32_t i = from; i < to; ++i) {
+        const Lease & lease = c.ready_lease(op, i);
+        c.place_[lease.stride_index - op.weight->spec->first_stride] = lease.slot_index - lowest.slot_index;
     }
-    ~SlotTable() {
-        for (uint32_t i = from_; i < to_; ++i) {
-            c_.place_[c_.leases_[c_.ready_[i]].stride_index - first_] = UINT32_MAX;
-        }
-    }
+}
 
-private:
-    Computer & c_;
-    const uint32_t first_;
-    const uint32_t from_;
-    const uint32_t to_;
-};
+Computer::SlotTable::~SlotTable() {
+    for (uint32_t i = from_; i < to_; ++i) {
+        c_.place_[c_.ready_lease(op_, i).stride_index - op_.weight->spec->first_stride] = UINT32_MAX;
+    }
+}
 
 // All experts of the op, where its rows stand.
 bool Computer::compute_span(Op & op) {
@@ -607,9 +626,9 @@ bool Computer::compute_span(Op & op) {
     if (at == nullptr) {
         return false;
     }
-    const SlotSpan span = span_of(0, ready_count_);
+    const SlotSpan span = span_of(op, 0, ready_count_);
     {
-        const SlotTable table(*this, op, 0, ready_count_, leases_[span.lowest].slot_index);
+        const SlotTable table(*this, op, 0, ready_count_, *span.lowest);
         for (uint32_t t = 0, n = 0; t < op.token_count(); ++t) {
             for (uint32_t u = 0; u < op.used_count(); ++u, ++n) {
                 span_ids_[n] = static_cast<int32_t>(place_[static_cast<uint32_t>(expert_at(op, u, t))]);
@@ -618,7 +637,7 @@ bool Computer::compute_span(Op & op) {
     }
     ggml_tensor * slots = fresh(GGML_TYPE_I32, {ids->ne[0], ids->ne[1], 1}, at, scratch_.buffer());
     ggml_backend_tensor_set(slots, span_ids_.data(), 0, pairs * sizeof(int32_t));
-    ggml_tensor * w = shadow_weight(op, leases_[span.lowest], span.slots);
+    ggml_tensor * w = shadow_weight(op, *span.lowest, span.slots);
     ggml_tensor * m = shadow(*op.node);
     m->src[0] = w;
     m->src[2] = slots;
@@ -660,10 +679,10 @@ bool Computer::compute_gathered(Op & op, uint32_t group_from, uint32_t group_to)
     if (!rows_are_even(input) || !rows_are_even(op.node)) {
         return fail("the rows around " + op.weight->spec->name + " lie in a way that streaming does not know");
     }
-    const SlotSpan span = span_of(group_from, group_to);
+    const SlotSpan span = span_of(op, group_from, group_to);
     uint32_t pairs = 0;
     {
-        const SlotTable table(*this, op, group_from, group_to, leases_[span.lowest].slot_index);
+        const SlotTable table(*this, op, group_from, group_to, *span.lowest);
         for (uint32_t t = 0; t < op.token_count(); ++t) {
             for (uint32_t u = 0; u < op.used_count(); ++u) {
                 const uint32_t slot = place_[static_cast<uint32_t>(expert_at(op, u, t))];
@@ -705,7 +724,7 @@ bool Computer::compute_gathered(Op & op, uint32_t group_from, uint32_t group_to)
     ggml_tensor * product = floats({op.node->ne[0], 1, pairs});
     memcpy(product->op_params, op.node->op_params, sizeof product->op_params);
     add_node(product, GGML_OP_MUL_MAT_ID,
-             {shadow_weight(op, leases_[span.lowest], span.slots), reshaped(*gathered, {input->ne[0], 1, pairs}), slots});
+             {shadow_weight(op, *span.lowest, span.slots), reshaped(*gathered, {input->ne[0], 1, pairs}), slots});
 
     ggml_tensor * all_out = all_rows(op.node);
     add_node(shadow(*all_out), GGML_OP_SET_ROWS, {reshaped(*product, {op.node->ne[0], pairs, 1}), to, all_out});

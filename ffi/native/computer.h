@@ -60,11 +60,14 @@ private:
     std::vector<uint64_t> slot_bytes_;
 };
 
-// What a streamed weight's `extra` points to.
+// What a streamed weight's `extra` points to. The counts are since the engine opened.
 struct Weight {
     const StreamedTensor * spec = nullptr;
     ggml_tensor * tensor = nullptr;
     uint32_t order = 0; // place in the plan's list, which is the order of a pass
+    std::atomic<uint64_t> asked_count{0}; // strides that products asked for
+    std::atomic<uint64_t> late_count{0};  // of those, not ready when asked for
+    std::atomic<uint64_t> stall_ns{0};
 };
 
 inline bool is_product(const ggml_tensor * node) {
@@ -86,7 +89,7 @@ struct StreamState {
     std::vector<std::string> patterns;
 
     std::unordered_map<std::string, uint32_t> by_name;
-    std::vector<Weight> weights;
+    std::unique_ptr<Weight[]> weights; // as many as spec.tensors
     std::string error; // guarded by error_mutex
     std::mutex error_mutex;
 
@@ -115,7 +118,8 @@ struct StreamState {
     bool owns(const ggml_tensor * t) const {
         return t != nullptr && t->buffer != nullptr && ggml_backend_buffer_get_type(t->buffer) == own_type && t->view_src == nullptr;
     }
-    const Weight & weight_of(const ggml_tensor * t) const { return *static_cast<const Weight *>(t->extra); }
+    Span<Weight> all_weights() const { return {weights.get(), static_cast<uint32_t>(spec.tensors.size())}; }
+    Weight & weight_of(const ggml_tensor * t) const { return *static_cast<Weight *>(t->extra); }
     bool claims(const ggml_tensor * op) const;
     bool fed_by_product(const ggml_tensor * t, int depth) const;
     ggml_backend_buffer_t pool_buffer() const { return pool_is_host ? host_buffer.get() : delegate_pool.buffer(); }
@@ -127,7 +131,7 @@ struct StreamState {
 // A streamed product of the split at hand.
 struct Op {
     ggml_tensor * node = nullptr;
-    const Weight * weight = nullptr;
+    Weight * weight = nullptr;
     uint32_t node_index = 0;
     uint32_t first_lease = 0;
     uint32_t lease_count = 0;
@@ -157,6 +161,7 @@ public:
     }
     void reset(uint64_t keep) { used_ = keep; }
     uint64_t used() const { return used_; }
+    uint64_t bytes() const { return bytes_; }
     ggml_backend_buffer_t buffer() const { return buffer_.get(); }
 
 private:
@@ -164,6 +169,11 @@ private:
     uint64_t bytes_ = 0;
     uint64_t used_ = 0;
 };
+
+// True when t's rows (dimensions 1 and 2) lie at one distance, so that they can be numbered through.
+bool rows_are_even(const ggml_tensor * t);
+// How many nodes of the whole graph take this node of a split as a source; -1 where ggml does not tell. (backend.cpp)
+int32_t uses_in_graph(const ggml_cgraph * split, int node_index);
 
 struct Shape {
     int64_t columns;
@@ -191,11 +201,13 @@ private:
     bool add_op(ggml_tensor * node, uint32_t index);
     bool list_experts(Op & op);
     bool begin_all();
+    void count_asked();
     bool run_stage(uint32_t first, uint32_t last);
     uint32_t stage_end(ggml_cgraph * cgraph, uint32_t first) const;
     bool start_ready(Op & op);
     bool next_wave(uint32_t first, uint32_t last);
     bool wait_for(uint32_t first, uint32_t last);
+    bool wait_for_read(Weight & weight, Span<Lease> leases);
     bool compute_whole(Op & op, const Lease & lease);
     bool compute_span(Op & op);
     bool compute_single(Op & op, const Lease & lease);
@@ -203,11 +215,53 @@ private:
     uint32_t group_end(const Op & op, uint32_t from) const;
     bool one_span(const Op & op, uint32_t from, uint32_t to, uint64_t pairs) const;
     struct SlotSpan {
-        uint32_t lowest; // lease
+        const Lease * lowest;
         uint32_t slots;
     };
-    SlotSpan span_of(uint32_t from, uint32_t to) const;
-    class SlotTable;
+    SlotSpan span_of(const Op & op, uint32_t from, uint32_t to) const;
+
+    // While it lives, place_ tells for each expert of the group its slot within the span.
+    class SlotTable {
+    public:
+        SlotTable(Computer & c, const Op & op, uint32_t from, uint32_t to, const Lease & lowest);
+        ~SlotTable();
+
+    private:
+        Computer & c_;
+        const Op & op_;
+        const uint32_t from_;
+        const uint32_t to_;
+    };
+
+    // computer_chain.cpp
+    static constexpr uint32_t chain_capacity = 24; // nodes from the first product to the last
+    struct Chain {
+        uint32_t first_op = 0;
+        uint32_t last_op = 0;   // the product that ends it: down
+        uint32_t first_node = 0;
+        uint32_t node_count = 0;
+        uint32_t pairs = 0;     // (token, expert)
+        uint32_t pairs_done = 0;
+        std::byte * rows = nullptr; // of the last product, in the order in which they were computed
+    };
+    struct ChainGroup;
+    bool find_chain(ggml_cgraph * cgraph, uint32_t first);
+    bool is_chain(ggml_cgraph * cgraph) const;
+    bool is_chain_step(const ggml_tensor * node, ggml_cgraph * cgraph) const;
+    bool chain_waits(uint32_t first, uint32_t last, LeaseState state) const;
+    const ggml_tensor * chain_node(ggml_cgraph * cgraph, uint32_t index) const;
+    uint32_t chain_index(const ggml_tensor * t, ggml_cgraph * cgraph) const;
+    uint64_t chain_bytes(ggml_cgraph * cgraph, uint32_t pairs) const;
+    bool run_chain(ggml_cgraph * cgraph);
+    bool add_complete_experts(ggml_cgraph * cgraph);
+    uint32_t chain_group_end(uint32_t from) const;
+    bool add_chain_group(ggml_cgraph * cgraph, uint32_t from, uint32_t to);
+    bool add_chain_node(ggml_cgraph * cgraph, uint32_t index, ChainGroup & group);
+    bool add_chain_product(const Op & op, const ChainGroup & group, ggml_tensor * input, ggml_tensor * to);
+    ggml_tensor * chain_ids(Shape rows, const int32_t * ids);
+    ggml_tensor * chain_floats(int64_t columns, const ChainGroup & group);
+    ggml_tensor * chain_row(const ChainGroup & group);
+    bool finish_chain();
     bool append(ggml_tensor * node);
     bool flush();
     bool fail(const std::string & sentence);
@@ -223,6 +277,7 @@ private:
     void * scratch(uint64_t bytes);
     bool room_for(uint32_t tensor_count);
     int32_t expert_at(const Op & op, uint32_t used, uint32_t token) const;
+    const Lease & ready_lease(const Op & op, uint32_t i) const { return leases_[op.first_lease + ready_[i]]; }
 
     StreamState & device_;
     ggml_backend_ptr delegate_;
@@ -233,7 +288,8 @@ private:
     std::vector<ggml_tensor> shadows_;
     uint32_t shadows_used_ = 0;
     Scratch scratch_;
-    uint64_t scratch_kept_ = 0;
+    uint64_t scratch_kept_ = 0; // what a flush leaves
+    uint64_t scratch_base_ = 0; // of that, what lives as long as the computer
     void * zero_ids_ = nullptr; // ubatch_tokens zeros: "expert 0", of a view that has one
 
     std::vector<Op> ops_;
@@ -241,7 +297,7 @@ private:
     std::vector<Lease> leases_;
     std::vector<uint8_t> computed_; // by lease
     uint32_t lease_count_ = 0;
-    std::vector<uint32_t> ready_;   // leases of the op at hand that are ready and not computed
+    std::vector<uint32_t> ready_;   // leases of the op at hand (from its first on) that are ready and not computed
     uint32_t ready_count_ = 0;
     uint32_t gather_pairs_ = 0;     // that the scratch holds at once
     std::vector<Lease> wave_;       // leases on their way into a begin
@@ -253,6 +309,9 @@ private:
     std::vector<int32_t> pair_rows_;
     std::vector<int64_t> pair_rows64_;
     std::vector<int32_t> span_ids_;
+    Chain chain_;
+    std::vector<int32_t> pair_experts_;
+    std::vector<int32_t> chain_places_; // row of the result -> where it stands in chain_.rows
 };
 
 } // namespace hypura

@@ -131,6 +131,20 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     return s;
 }
 
+PlanSpeculation parse_speculation(const common_json & json) {
+    PlanSpeculation s;
+    s.max_tokens = u32(json, "maxTokens");
+    s.from_context = json.at("fromContext").get<bool>();
+    s.match_tokens = u32(json, "matchTokens");
+    s.draft_path = json.at("draftPath").is_null() ? "" : json.at("draftPath").get<std::string>();
+    s.draft_probability = json.at("draftProbability").get<double>();
+    if (s.max_tokens == 0 || s.max_tokens > UINT16_MAX || s.match_tokens > UINT16_MAX ||
+        (s.from_context && s.match_tokens == 0) || !(s.draft_probability >= 0 && s.draft_probability <= 1)) {
+        throw std::runtime_error("the speculation of the plan is out of range");
+    }
+    return s;
+}
+
 } // namespace
 
 PolicyKind policy_kind(const std::string & name) {
@@ -180,9 +194,14 @@ OpenPlan parse_plan(std::string_view text) {
     if (!json.at("streaming").is_null()) {
         plan.streaming = parse_streaming(json.at("streaming"), plan.tensors.size());
     }
+    if (!json.at("speculation").is_null()) {
+        plan.speculation = parse_speculation(json.at("speculation"));
+    }
+    // Every slot's token and what is guessed after it go into one batch.
+    const uint64_t verified = plan.slot_count * (1ull + plan.speculation.max_tokens);
     // The core asserts on these; a plan that breaks them is refused instead. It tries the context with two tokens
     // while it loads, so a batch holds at least two.
-    if (plan.files.empty() || plan.slot_count == 0 || plan.batch_tokens < 2 || plan.batch_tokens < plan.slot_count ||
+    if (plan.files.empty() || plan.slot_count == 0 || plan.batch_tokens < 2 || plan.batch_tokens < verified ||
         plan.ubatch_tokens == 0 || plan.ubatch_tokens > plan.batch_tokens || plan.decode_threads == 0 ||
         plan.prefill_threads == 0 || plan.context_tokens == 0 || plan.poll_percent > 100 ||
         plan.decode_threads > GGML_MAX_N_THREADS || plan.prefill_threads > GGML_MAX_N_THREADS ||
@@ -394,6 +413,27 @@ void Engine::Core::make_table() {
 
 namespace {
 
+void set_speculation(common_params & p, const PlanSpeculation & s) {
+    p.speculative.types.clear();
+    if (s.from_context) {
+        p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_NGRAM_MAP_K);
+        p.speculative.ngram_map_k.size_n = static_cast<uint16_t>(s.match_tokens);
+        p.speculative.ngram_map_k.size_m = static_cast<uint16_t>(s.max_tokens);
+    }
+    if (!s.draft_path.empty()) {
+        p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE);
+        p.speculative.draft.mparams.path = s.draft_path;
+        p.speculative.draft.n_max = static_cast<int32_t>(s.max_tokens);
+        p.speculative.draft.p_min = static_cast<float>(s.draft_probability);
+        p.speculative.draft.cpuparams = p.cpuparams;
+        p.speculative.draft.cpuparams_batch = p.cpuparams_batch;
+        p.speculative.draft.n_gpu_layers = p.n_gpu_layers;
+        p.speculative.draft.cache_type_k = p.cache_type_k;
+        p.speculative.draft.cache_type_v = p.cache_type_v;
+        p.speculative.draft.backend_sampling = false;
+    }
+}
+
 common_params params_of(const OpenPlan & plan) {
     common_params p;
     p.model.path = plan.files.front().path;
@@ -413,6 +453,9 @@ common_params params_of(const OpenPlan & plan) {
     p.load_mode = plan.load_mode == LoadMode::Mmap     ? LLAMA_LOAD_MODE_MMAP
                   : plan.load_mode == LoadMode::Direct ? LLAMA_LOAD_MODE_DIRECT_IO
                                                        : LLAMA_LOAD_MODE_NONE;
+    if (plan.speculation.max_tokens > 0) {
+        set_speculation(p, plan.speculation);
+    }
     // The rest is the contract, not policy: nothing the core does on its own may allocate, sleep, fetch or guess.
     p.fit_params = false;
     p.warmup = false;
@@ -602,7 +645,12 @@ std::string Engine::streaming_json() const {
     for (const auto & [name, value] : fields) {
         json += (json.size() > 1 ? "," : "") + json_string(name) + ":" + std::to_string(value);
     }
-    return json + "}";
+    std::string tensors;
+    for (const WeightCounters & one : core_->device->weight_counters()) {
+        tensors += (tensors.empty() ? "" : ",") + std::string("{\"asked\":") + std::to_string(one.asked_count) + ",\"late\":" +
+                   std::to_string(one.late_count) + ",\"stallNs\":" + std::to_string(one.stall_ns) + "}";
+    }
+    return json + ",\"tensors\":[" + tensors + "]}";
 }
 
 void Engine::serve(Request & request) {

@@ -64,6 +64,15 @@ struct PlanStreaming {
 
 // What native needs of src/plan.ts's Plan, field by field. No field has a default that means anything: parse_plan
 // refuses a plan that lacks one.
+// Tokens that are guessed and verified in one pass; nothing is guessed where max_tokens is zero.
+struct PlanSpeculation {
+    uint32_t max_tokens = 0;   // guessed at once, at most
+    bool from_context = false; // what followed the last match_tokens before, in prompt and answer
+    uint32_t match_tokens = 0;
+    std::string draft_path;        // of a small model with the same vocabulary; empty: none
+    double draft_probability = 0; // a draft ends before a token that the draft model holds less likely
+};
+
 struct OpenPlan {
     std::string model_name;
     std::vector<PlanFile> files;     // in shard order
@@ -81,6 +90,7 @@ struct OpenPlan {
     bool repack = false; // weights rearranged at load for faster kernels; changes last bits
     LoadMode load_mode = LoadMode::Mmap;
     PlanStreaming streaming;
+    PlanSpeculation speculation;
 };
 
 class DelegateFactory; // backend.h

@@ -18,40 +18,6 @@ uint64_t mixed(uint64_t x) { // splitmix64's finaliser
     return x ^ (x >> 31);
 }
 
-// A permutation of 0 .. count-1 without memory: four Feistel rounds over the next even number of bits, walked until the
-// result is in range (at most four steps on average).
-class Shuffle {
-public:
-    Shuffle(uint64_t count, uint64_t seed) : count_(count), seed_(seed) {
-        while (half_bits_ < 31 && (1ull << (2 * half_bits_)) < count) {
-            half_bits_++;
-        }
-    }
-    uint64_t operator[](uint64_t index) const {
-        do {
-            index = step(index);
-        } while (index >= count_);
-        return index;
-    }
-
-private:
-    uint64_t step(uint64_t value) const {
-        const uint64_t mask = (1ull << half_bits_) - 1;
-        uint64_t left = value >> half_bits_;
-        uint64_t right = value & mask;
-        for (uint64_t round = 1; round <= 4; round++) {
-            const uint64_t next = left ^ (mixed(right + (seed_ + round) * 0x9e3779b97f4a7c15ull) & mask);
-            left = right;
-            right = next;
-        }
-        return left << half_bits_ | right;
-    }
-
-    const uint64_t count_;
-    const uint64_t seed_;
-    uint32_t half_bits_ = 1;
-};
-
 // The blocks of all files as one row.
 struct Blocks {
     std::vector<uint64_t> ends; // of each file's blocks in the row
@@ -169,6 +135,31 @@ private:
 
 // ---- storage
 
+Shuffle::Shuffle(uint64_t count, uint64_t seed) : count_(count), seed_(seed) {
+    while (half_bits_ < 31 && (1ull << (2 * half_bits_)) < count) {
+        half_bits_++;
+    }
+}
+
+uint64_t Shuffle::operator[](uint64_t index) const {
+    do {
+        index = step(index);
+    } while (index >= count_);
+    return index;
+}
+
+uint64_t Shuffle::step(uint64_t value) const {
+    const uint64_t mask = (1ull << half_bits_) - 1;
+    uint64_t left = value >> half_bits_;
+    uint64_t right = value & mask;
+    for (uint64_t round = 1; round <= 4; round++) {
+        const uint64_t next = left ^ (mixed(right + (seed_ + round) * 0x9e3779b97f4a7c15ull) & mask);
+        left = right;
+        right = next;
+    }
+    return left << half_bits_ | right;
+}
+
 bool ReadMeasure::open(const Options& options, std::string* error) {
     options_ = options;
     if (!source_.open(options.files, true, error)) {
@@ -281,7 +272,10 @@ bool write_scratch(const ScratchSpec& spec, const StopQuestion& stop, ScratchFig
     int64_t code = descriptor < 0 ? descriptor : 0;
     const uint64_t start_ns = platform::now_ns();
     bool stopped = false;
-    while (code == 0 && figures->written_bytes < spec.bytes && platform::now_ns() - start_ns < spec.duration_ns) {
+    const auto in_time = [&] {
+        return figures->written_bytes == 0 || platform::now_ns() - start_ns < spec.duration_ns;
+    };
+    while (code == 0 && figures->written_bytes < spec.bytes && in_time()) {
         stopped = stop();
         if (stopped) {
             break;

@@ -18,6 +18,21 @@ using StopQuestion = std::function<bool()>;
 
 // ---- storage
 
+// A permutation of 0 .. count-1 without memory: four Feistel rounds over the next even number of bits, walked until the
+// result is in range (four steps on average at most).
+class Shuffle {
+public:
+    Shuffle(uint64_t count, uint64_t seed);
+    uint64_t operator[](uint64_t index) const;
+
+private:
+    uint64_t step(uint64_t value) const;
+
+    const uint64_t count_;
+    const uint64_t seed_;
+    uint32_t half_bits_ = 1;
+};
+
 struct ReadCell {
     uint32_t read_bytes; // wanted by each read, a multiple of 4096
     uint32_t skew_bytes; // where in its first page a read begins, less than 4096: 0 is aligned
@@ -71,7 +86,7 @@ struct ScratchSpec {
     std::string path; // nothing may be there
     uint64_t bytes;   // a multiple of chunk_bytes
     uint32_t chunk_bytes; // of one write, a multiple of 4096
-    uint64_t duration_ns; // no chunk begins later
+    uint64_t duration_ns; // no chunk begins later, beyond the first
 };
 
 struct ScratchFigures {

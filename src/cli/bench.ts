@@ -30,7 +30,6 @@ import { type Machine, readMachine } from "../machine";
 import { type MemoryGroup, makeMemoryGroup } from "../memory-group";
 import { type ModelFile, openModelFile, readMetadataArray } from "../modelfile";
 import type { Plan, PlanLimits } from "../plan";
-import { readPlan } from "../planfile";
 import { fingerprintOf } from "../profile";
 import { findSource, measureStorage } from "../storage";
 import {
@@ -45,7 +44,7 @@ import {
 } from "../text";
 import { interruptible } from "./answer";
 import { historyLines, resultLines } from "./bench-text";
-import { bytesFlag, checkPlanFlag, command, limitArgs, numberFlag, planArgs } from "./command";
+import { bytesFlag, command, limitArgs, limitsOf, numberFlag } from "./command";
 import { pageWidth } from "./measuring";
 import { traceOption } from "./run";
 import { print, stderr, tell } from "./terminal";
@@ -56,10 +55,12 @@ const seed = 20_251_121;
 const args = {
   model: { type: "positional", description: "A .gguf file (any file of a split model)", required: false },
   baseline: { type: "boolean", description: "Run stock llama.cpp beside it: mapped, nothing streamed" },
-  ...planArgs,
+  plan: limitArgs.plan,
   context: limitArgs.context,
   threads: limitArgs.threads,
   mode: limitArgs.mode,
+  "kv-type": limitArgs["kv-type"],
+  "gpu-memory": limitArgs["gpu-memory"],
   "prompt-tokens": {
     type: "string",
     description: `Length of the prompt (${defaults.promptTokens})`,
@@ -222,17 +223,10 @@ function machineWith(groupBytes: number | null): Machine {
 }
 
 function plansOf(flags: Flags, file: ModelFile, groupBytes: number | null): Setting["plans"] {
-  checkPlanFlag(flags, ["context", "threads", "mode"]);
-  const whole = (most: number) => ({ least: 1, most, integer: true });
-  const limits: PlanLimits = {
-    contextTokens: numberFlag("context", flags.context, { ...whole(16_777_216), least: 16 }) ?? null,
-    threads: numberFlag("threads", flags.threads, whole(512)) ?? null,
-    slotCount: 1,
-    memoryBytes: null,
-    mode: modeOf(flags.mode),
-  };
+  // --memory is the control group's: what is left in it bounds the plan, and a plan from a file is taken as it is.
+  const { memory: _, ...asked } = flags;
   const machine = machineWith(groupBytes);
-  const hypura = flags.plan === undefined ? planOf(file, limits, machine) : readPlan(flags.plan, file);
+  const hypura = planOf(file, limitsOf(asked), machine);
   if (flags.baseline !== true) {
     return { hypura, baseline: null };
   }
@@ -249,13 +243,6 @@ function plansOf(flags: Flags, file: ModelFile, groupBytes: number | null): Sett
     consola.warn(`${danger}: with --force it runs all the same, and the machine may stop answering`);
   }
   return { hypura, baseline: baselinePlan(file, hypura, machine) };
-}
-
-function modeOf(text: string | undefined): "auto" | "resident" | "stream" {
-  if (text === undefined || text === "auto" || text === "resident" || text === "stream") {
-    return text ?? "auto";
-  }
-  throw new HypuraError("usage", `--mode ${JSON.stringify(text)}: give auto, resident or stream`);
 }
 
 /**

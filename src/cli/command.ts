@@ -1,11 +1,13 @@
-// What every command shares: its shape, the words of its command line, and reading numbers and sizes out of flags
-// with errors that say what to do. citty takes what this file has checked: by itself it ignores flags and arguments
+// What every command shares: its shape, the words of its command line, and reading numbers, sizes and documents out of
+// flags with errors that say what to do. citty takes what this file has checked: by itself it ignores flags and arguments
 // that it does not know, and a typing mistake must not be ignored.
 
+import { readFileSync } from "node:fs";
 import type { ArgDef, ArgsDef, CommandDef } from "citty";
 import { consola } from "consola";
 import { HypuraError } from "../errors";
 import type { Plan, PlanLimits } from "../plan";
+import { validatePlan } from "../plan-json";
 import { countText, nearest, parseBytes } from "../text";
 
 export interface Command {
@@ -14,15 +16,21 @@ export interface Command {
   readonly examples: readonly string[];
   /** What else `--help` says. */
   readonly notes: readonly string[];
+  /** The last positional may be given more than once; `positionalsOf` has them all. */
+  readonly takesMany: boolean;
 }
 
 /** citty infers a type for every flag; a table of commands needs one type for all. */
 export function command<Args extends ArgsDef>(
   definition: CommandDef<Args>,
-  help: { readonly examples: readonly string[]; readonly notes?: readonly string[] },
+  help: {
+    readonly examples: readonly string[];
+    readonly notes?: readonly string[];
+    readonly takesMany?: boolean;
+  },
 ): Command {
-  const { examples, notes = [] } = help;
-  return { definition: definition as unknown as CommandDef<ArgsDef>, examples, notes };
+  const { examples, notes = [], takesMany = false } = help;
+  return { definition: definition as unknown as CommandDef<ArgsDef>, examples, notes, takesMany };
 }
 
 export interface CommandLine {
@@ -33,7 +41,12 @@ export interface CommandLine {
 }
 
 /** Checks the words after a command's name. Throws `usage` with the first mistake. */
-export function readCommandLine(name: string, args: ArgsDef, argv: readonly string[]): CommandLine {
+export function readCommandLine(
+  name: string,
+  args: ArgsDef,
+  argv: readonly string[],
+  takesMany = false,
+): CommandLine {
   const flags = flagTable(args);
   const words: string[] = [];
   const positionals: string[] = [];
@@ -67,7 +80,7 @@ export function readCommandLine(name: string, args: ArgsDef, argv: readonly stri
       words.push(`--${flag.name}=${value ?? argv[++i]}`);
     }
   }
-  const mistake = mistakes[0] ?? wrongPositionals(name, args, positionals);
+  const mistake = mistakes[0] ?? wrongPositionals(name, args, positionals, takesMany);
   if (mistake !== null) {
     throw new HypuraError("usage", mistake);
   }
@@ -106,14 +119,19 @@ function unknownFlag(name: string, word: string, known: readonly string[]): stri
   return `hypura ${name} has no option ${JSON.stringify(word)}: ${hint}`;
 }
 
-function wrongPositionals(name: string, args: ArgsDef, given: readonly string[]): string | null {
+function wrongPositionals(
+  name: string,
+  args: ArgsDef,
+  given: readonly string[],
+  takesMany: boolean,
+): string | null {
   const wanted = Object.entries(args).filter(([, arg]) => arg.type === "positional");
   const [missing] = wanted.slice(given.length).find(([, arg]) => arg.required === true) ?? [];
   if (missing !== undefined) {
     return `hypura ${name} needs a ${missing.toUpperCase()}: see \`hypura help ${name}\``;
   }
   const extra = given[wanted.length];
-  if (extra === undefined) {
+  if (extra === undefined || takesMany) {
     return null;
   }
   const hint =
@@ -165,6 +183,11 @@ export function repeatedFlag(name: string, words: readonly string[]): readonly s
   return flags.filter((word) => word.startsWith(`--${name}=`)).map((word) => word.slice(name.length + 3));
 }
 
+/** Every positional, out of `CommandLine.words`. */
+export function positionalsOf(words: readonly string[]): readonly string[] {
+  return words.slice(words.indexOf("--") + 1);
+}
+
 /** What may be asked of a plan; the same words in every command that makes one. */
 export const limitArgs = {
   context: {
@@ -180,32 +203,27 @@ export const limitArgs = {
     description: "Use at most this much memory, such as 8G",
     valueHint: "SIZE",
   },
+  "gpu-memory": {
+    type: "string",
+    description: "Use at most this much memory of GPUs; 0 uses none",
+    valueHint: "SIZE",
+  },
+  "kv-type": {
+    type: "string",
+    description: "Type of the context: f16, q8_0 ... (f16; others change answers)",
+    valueHint: "TYPE",
+  },
   mode: {
     type: "string",
     description: "auto, resident or stream (auto: stream what does not fit)",
     valueHint: "MODE",
   },
-} as const;
-
-/** A plan from a file in the place of one that is made; the limits have no say then. */
-export const planArgs = {
   plan: {
     type: "string",
-    description: "Take the plan from a file (out of `hypura inspect --json`)",
+    description: "Follow the plan in this file, which `inspect --json` printed",
     valueHint: "FILE",
   },
 } as const;
-
-/** Refuses limits beside a plan: they would say nothing. */
-export function checkPlanFlag(
-  flags: { readonly [Name in keyof typeof limitArgs | "plan"]?: string | undefined },
-  limits: readonly (keyof typeof limitArgs)[] = Object.keys(limitArgs) as (keyof typeof limitArgs)[],
-): void {
-  const other = limits.find((name) => flags[name] !== undefined);
-  if (flags.plan !== undefined && other !== undefined) {
-    throw new HypuraError("usage", `--plan says everything, --${other} too: leave out one of them`);
-  }
-}
 
 function modeFlag(text: string | undefined): "auto" | "resident" | "stream" {
   if (text === undefined || text === "auto" || text === "resident" || text === "stream") {
@@ -214,10 +232,11 @@ function modeFlag(text: string | undefined): "auto" | "resident" | "stream" {
   throw new HypuraError("usage", `--mode ${JSON.stringify(text)}: give auto, resident or stream`);
 }
 
+type LimitFlags = { readonly [Name in keyof typeof limitArgs]?: string | undefined };
+
 /** The limits that these flags give. */
-export function limitsOf(
-  flags: { readonly [Name in keyof typeof limitArgs]?: string | undefined },
-): PlanLimits {
+export function limitsOf(flags: LimitFlags): PlanLimits {
+  const gpuMemory = flags["gpu-memory"];
   return {
     contextTokens:
       numberFlag("context", flags.context, { least: 16, most: 16_777_216, integer: true }) ?? null,
@@ -225,7 +244,49 @@ export function limitsOf(
     threads: numberFlag("threads", flags.threads, { least: 1, most: 512, integer: true }) ?? null,
     memoryBytes: bytesFlag("memory", flags.memory) ?? null,
     mode: modeFlag(flags.mode),
+    gpuMemoryBytes: gpuMemory === "0" ? 0 : (bytesFlag("gpu-memory", gpuMemory) ?? null),
+    kvType: flags["kv-type"]?.toLowerCase() ?? null,
+    plan: planFlag(flags),
   };
+}
+
+function planFlag(flags: LimitFlags): Plan | null {
+  if (flags.plan === undefined) {
+    return null;
+  }
+  const other = Object.keys(limitArgs).find(
+    (name) => name !== "plan" && name in flags && flags[name as keyof LimitFlags] !== undefined,
+  );
+  if (other !== undefined) {
+    throw new HypuraError("usage", `--plan decides all that --${other} would: give one of them`);
+  }
+  return validatePlan(readJson(flags.plan, "plan"));
+}
+
+/** The JSON document in a file that a person named. */
+export function readJson(path: string, what: string): unknown {
+  let content: string;
+  try {
+    content = readFileSync(path, "utf8");
+  } catch (cause) {
+    const isMissing = (cause as { readonly code?: string }).code === "ENOENT";
+    throw new HypuraError(
+      isMissing ? "not-found" : "io",
+      isMissing
+        ? `there is no ${what} file ${JSON.stringify(path)}: check the path`
+        : `the ${what} file ${JSON.stringify(path)} cannot be read (${(cause as Error).message}): give a text file`,
+      { cause },
+    );
+  }
+  try {
+    return JSON.parse(content);
+  } catch (cause) {
+    throw new HypuraError(
+      "usage",
+      `the ${what} file ${JSON.stringify(path)} is no JSON (${(cause as Error).message})`,
+      { cause },
+    );
+  }
 }
 
 /** Says that the plan has less context than was asked for, where it has. */

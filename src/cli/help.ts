@@ -53,13 +53,12 @@ ${indented(exitStatusRows)}`;
 }
 
 export function commandPage(name: string, command: Command): string {
-  const { definition, examples, notes } = command;
+  const { definition, examples, notes, takesMany } = command;
   const args = Object.entries((definition.args ?? {}) as ArgsDef);
   const positionals = args.filter(([, arg]) => arg.type === "positional");
   const flags = args.filter(([, arg]) => arg.type !== "positional");
-  const usage = ["hypura", name, ...positionals.map(([arg]) => `<${arg.toUpperCase()}>`), "[options]"].join(
-    " ",
-  );
+  const words = positionals.map(([arg]) => `<${arg.toUpperCase()}>${takesMany ? "..." : ""}`);
+  const usage = ["hypura", name, ...words, "[options]"].join(" ");
   const sections = [
     `${descriptionOf(definition.meta)}\n\n${heading("Usage:")} ${usage}`,
     ...(positionals.length === 0

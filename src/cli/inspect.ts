@@ -1,104 +1,179 @@
-// `hypura inspect`: what a model file holds and how it would run here. Reads headers only and loads no weights, so
-// it works on a machine that could not run the model. Its plan is the one `run` makes from the same flags.
+// `hypura inspect`: what a model file holds and how it would run, here or on a machine that a file describes. Reads
+// headers only and loads no weights, so it works on a machine that could not run the model. Its plan is the one `run`
+// makes from the same flags.
 
 import { basename } from "node:path";
+import { consola } from "consola";
 import { planOf } from "../api";
 import { HypuraError } from "../errors";
 import type { GgufValue } from "../gguf";
-import { type Machine, readMachine } from "../machine";
+import { readHistory } from "../history";
+import { type Machine, validateMachine } from "../machine";
 import { kvBytesPerToken, type Model } from "../model";
 import { type ModelFile, openModelFile } from "../modelfile";
-import { budgetOf, type MemoryUse, type Plan, type PlanLimits, totalBytes } from "../plan";
-import { bar, bytesText, clip, countText, plural, printable, shortCountText, table } from "../text";
-import { command, limitArgs, limitsOf, warnOfCut } from "./command";
+import { budgetOf, gpuBudgetOf, type Knowledge, type Plan, type PlanLimits } from "../plan";
+import { loadMachine } from "../profile";
+import {
+  bandwidthText,
+  bar,
+  bytesText,
+  clip,
+  countText,
+  durationText,
+  plural,
+  printable,
+  shortCountText,
+  table,
+} from "../text";
+import { command, limitArgs, limitsOf, readJson, warnOfCut } from "./command";
+import {
+  barWidth,
+  expectRows,
+  memoryRows,
+  pageWidth,
+  percentText,
+  pictureLines,
+  unknownTensors,
+  wrapped,
+} from "./outlook";
 import { print, stdout } from "./terminal";
+
+export const machineArg = {
+  type: "string",
+  description: "Plan for the machine in this file, which `profile --json` printed",
+  valueHint: "FILE",
+} as const;
 
 export const inspectCommand = command(
   {
-    meta: { name: "inspect", description: "Show what a model file holds and how it would run here" },
+    meta: { name: "inspect", description: "Show what a model file holds and how it would run" },
     args: {
       model: { type: "positional", description: "A .gguf file (any file of a split model)", required: true },
       tensors: { type: "boolean", description: "List every tensor" },
       ...limitArgs,
+      machine: machineArg,
+      verbose: { type: "boolean", description: "Say how the plan was found, and what was measured" },
       json: { type: "boolean", description: "Print one JSON object with everything" },
     },
     async run({ args }) {
-      const options = { tensors: args.tensors === true, json: args.json === true };
-      await print(inspectText(args.model, limitsOf(args), options));
+      const place = await placeOf(args.model, args.machine);
+      const show = {
+        tensors: args.tensors === true,
+        json: args.json === true,
+        verbose: args.verbose === true,
+      };
+      await print(inspectText(args.model, limitsOf(args), place, show));
     },
   },
   {
     examples: [
       "hypura inspect model.gguf",
       "hypura inspect model.gguf --memory 4G --context 8192    how it would run with these",
+      "hypura inspect model.gguf --machine mac.json            how it would run there",
       "hypura inspect model.gguf --tensors",
-      "hypura inspect model.gguf --json",
+      "hypura inspect model.gguf --json > plan.json            for `hypura run --plan plan.json`",
     ],
     notes: [
-      "A model that cannot run here is shown all the same, with the reason; the exit status is then 0 too.",
+      "A model that cannot run is shown all the same, with the reason; the exit status is then 0 too.",
+      "Speeds are predicted from what `hypura profile` measured and from earlier runs, nothing else.",
     ],
   },
 );
 
+/** Where a plan is made for, and what is known of it. */
+export interface Place {
+  readonly machine: Machine;
+  /** In words: "this machine". */
+  readonly name: string;
+  /** A machine that a file describes: nothing of this process's counts. */
+  readonly isElsewhere: boolean;
+  readonly knowledge: Knowledge;
+}
+
+/** The machine in the file, else this one as it is and as it was measured for the volume of the model. */
+export async function placeOf(modelPath: string, machinePath: string | undefined): Promise<Place> {
+  if (machinePath !== undefined) {
+    const machine = validateMachine(readJson(machinePath, "machine"));
+    return { machine, name: printable(basename(machinePath)), isElsewhere: true, knowledge: {} };
+  }
+  const onNote = (note: string): void => consola.warn(note);
+  return {
+    machine: await loadMachine({ folder: modelPath, measure: "cached" }),
+    name: "this machine",
+    isElsewhere: false,
+    knowledge: { history: readHistory({ onNote }) },
+  };
+}
+
+export interface Show {
+  readonly tensors: boolean;
+  readonly json: boolean;
+  readonly verbose: boolean;
+}
+
 /** What the command prints about the model file at `path`. */
-export function inspectText(
-  path: string,
-  limits: PlanLimits,
-  options: { readonly tensors: boolean; readonly json: boolean },
-): string {
+export function inspectText(path: string, limits: PlanLimits, place: Place, show: Show): string {
   const file = openModelFile(path);
-  const verdict = judge(file, limits);
+  const verdict = judge(file, limits, place);
   if (verdict.plan !== null) {
     warnOfCut(limits, verdict.plan);
   }
-  return options.json ? `${JSON.stringify(asJson(file, verdict))}\n` : page(file, verdict, options.tensors);
+  return show.json ? `${JSON.stringify(asJson(file, verdict))}\n` : page(file, verdict, show);
 }
 
 /** The plan, or the reason why there is none. */
-interface Verdict {
-  readonly machine: Machine;
+export interface Verdict {
+  readonly place: Place;
+  readonly limits: PlanLimits;
   /** What the plan may use: what is free less a reserve, or what --memory allows. */
   readonly budgetBytes: number;
   readonly plan: Plan | null;
   readonly refusal: HypuraError | null;
 }
 
-function judge(file: ModelFile, limits: PlanLimits): Verdict {
-  const machine = readMachine();
+export function judge(file: ModelFile, limits: PlanLimits, place: Place): Verdict {
+  const { machine } = place;
   const budgetBytes = budgetOf(machine, limits);
   try {
-    return { machine, budgetBytes, plan: planOf(file, limits, machine), refusal: null };
+    return { place, limits, budgetBytes, plan: planFor(file, limits, place), refusal: null };
   } catch (error) {
     if (error instanceof HypuraError && error.code !== "usage") {
-      return { machine, budgetBytes, plan: null, refusal: error };
+      return { place, limits, budgetBytes, plan: null, refusal: error };
     }
     throw error;
   }
 }
 
+function planFor(file: ModelFile, limits: PlanLimits, place: Place): Plan {
+  const { machine, isElsewhere, knowledge } = place;
+  if (isElsewhere && limits.threads !== null) {
+    // More threads than this machine has are no mistake there: its own cores are what counts.
+    const cores = Math.min(limits.threads, machine.computeCores);
+    return planOf(file, { ...limits, threads: null }, { ...machine, computeCores: cores }, knowledge);
+  }
+  return planOf(file, limits, machine, knowledge);
+}
+
 // ---- the page -----------------------------------------------------------------------------------------------------
 
-/** Everything fits in this many columns. */
-const pageWidth = 100;
-const barWidth = 24;
-
-function page(file: ModelFile, verdict: Verdict, withTensors: boolean): string {
+function page(file: ModelFile, verdict: Verdict, show: Show): string {
+  const { model } = file;
   const sections = [
     headSection(file),
-    section("Metadata", metadataRows(file)),
+    ...planSections(file, verdict, show),
+    section("One token", tokenRows(model)),
     section(
       "Weights by role",
-      shareRows(file.model.bytesByRole, file.model, (tensor) => tensor.role),
+      shareRows(model.bytesByRole, model, (tensor) => tensor.role),
       [1, 3, 4],
     ),
     section(
       "Weights by type",
-      shareRows(file.model.bytesByType, file.model, (tensor) => tensor.typeName),
+      shareRows(model.bytesByType, model, (tensor) => tensor.typeName),
       [1, 3, 4],
     ),
-    section("One token", tokenRows(file.model)),
-    ...(withTensors ? [section("Tensors", tensorRows(file.model), [3])] : []),
-    ...hereSections(verdict),
+    section("Metadata", metadataRows(file)),
+    ...(show.tensors ? [section("Tensors", tensorRows(model), [3])] : []),
   ];
   const lines = sections.join("\n\n").split("\n");
   return `${lines.map((line) => clip(line, pageWidth)).join("\n")}\n`;
@@ -172,10 +247,6 @@ function shareRows(
     });
 }
 
-function percentText(fraction: number): string {
-  return `${(fraction * 100).toFixed(1)} %`;
-}
-
 function tokenRows(model: Model): readonly (readonly string[])[] {
   const { tensorBytes, touchedBytesPerToken, strides } = model;
   const touched = percentText(touchedBytesPerToken / Math.max(1, tensorBytes));
@@ -205,53 +276,120 @@ function tensorRows(model: Model): readonly (readonly string[])[] {
   ]);
 }
 
-const memoryNames: Readonly<Record<keyof MemoryUse, string>> = {
-  weightBytes: "resident weights",
-  poolBytes: "pool for streamed weights",
-  kvBytes: "context",
-  stateBytes: "recurrent state",
-  computeBytes: "scratch",
-  streamingBytes: "scratch of streaming",
-  processBytes: "hypura itself",
-};
-
-function hereSections({ machine, budgetBytes, plan, refusal }: Verdict): readonly string[] {
-  const { availableBytes, totalBytes: allBytes } = machine.memory;
-  const free = [
-    "memory",
-    `${bytesText(availableBytes)} free of ${bytesText(allBytes)}, ${plural(machine.computeCores, "core")}`,
+function planSections(file: ModelFile, verdict: Verdict, show: Show): readonly string[] {
+  const { place, limits, budgetBytes, plan, refusal } = verdict;
+  const { model } = file;
+  const unknown = unknownTensors(model);
+  const notes = [
+    ...(unknown.length === 0
+      ? []
+      : [
+          `${plural(unknown.length, "tensor")} of no known role (${printable(unknown[0]?.name ?? "")}${unknown.length > 1 ? " ..." : ""}): resident, never streamed`,
+        ]),
   ];
+  const title = `On ${place.name}`;
   if (plan === null) {
-    return [`${section("On this machine", [free])}\n${wrapped(`cannot run: ${refusal?.message ?? ""}`)}`];
+    const reason = paragraph(`cannot run: ${printable(refusal?.message ?? "")}`);
+    return [`${section(title, machineRows(verdict))}\n${reason}`];
   }
-  const choices = plan.choices.map(({ name, value, reason }) => [name, `${value} (${reason})`]);
-  const total = totalBytes(plan.memory);
-  const parts = Object.entries(memoryNames)
-    .map(([key, name]) => ({ name, bytes: plan.memory[key as keyof MemoryUse] }))
-    .filter(({ bytes }) => bytes > 0);
-  const rows = [...parts, { name: "together", bytes: total }].map(({ name, bytes }) => [
-    name,
-    bytesText(bytes),
-    bar(bytes / budgetBytes, barWidth),
-    percentText(bytes / budgetBytes),
-  ]);
-  const title = `Its memory, of the ${bytesText(budgetBytes)} that it may have`;
-  return [section("On this machine", [free, ...choices]), section(title, rows, [1, 3])];
+  const room = { ramBytes: budgetBytes, gpuBytes: gpuBudgetOf(place.machine, limits)?.bytes ?? 0 };
+  const picture = pictureLines(plan, model, room).map((line) => `  ${line}`);
+  return [
+    [
+      stdout.paint("bold", title),
+      ...table(machineRows(verdict))
+        .split("\n")
+        .map((line) => `  ${line}`),
+      ...picture,
+    ].join("\n"),
+    [
+      section("What to expect", wrapRows(expectRows(plan, model, place.machine, limits))),
+      ...notes.map(paragraph),
+    ].join("\n"),
+    section(
+      `Its memory, of the ${bytesText(budgetBytes)} that it may have`,
+      memoryRows(plan, budgetBytes),
+      [1, 3],
+    ),
+    section(
+      "Chosen, and why",
+      wrapRows(plan.choices.map(({ name, value, reason }) => [name, `${value} (${reason})`])),
+    ),
+    ...(show.verbose ? [section("How the plan was found", wrapRows(solvedRows(verdict, plan)))] : []),
+  ];
 }
 
-/** A long sentence in lines of the page. */
-function wrapped(sentence: string): string {
-  const lines = [""];
-  for (const word of printable(sentence).split(" ")) {
-    const line = lines.at(-1) as string;
-    const longer = line === "" ? word : `${line} ${word}`;
-    if (Bun.stringWidth(longer) <= pageWidth - 2) {
-      lines[lines.length - 1] = longer;
-    } else {
-      lines.push(word);
-    }
+function machineRows({ place: { machine } }: Verdict): readonly (readonly string[])[] {
+  const { availableBytes, totalBytes: allBytes } = machine.memory;
+  const gpus = machine.devices.filter((device) => device.type === "gpu" || device.type === "igpu");
+  return [
+    [
+      "memory",
+      `${bytesText(availableBytes)} free of ${bytesText(allBytes)}, ${plural(machine.computeCores, "core")}`,
+    ],
+    ...gpus.map((device) => [
+      "gpu",
+      `${printable(device.description)}: ${bytesText(device.freeBytes)} free of ${bytesText(device.totalBytes)}${device.isUnified ? ", part of the memory" : ""}`,
+    ]),
+  ];
+}
+
+/** Both solvers' answers and their distance, what was measured, and what was assumed. */
+function solvedRows({ place: { machine } }: Verdict, plan: Plan): readonly (readonly string[])[] {
+  const { solved, estimate } = plan;
+  const { profile } = machine;
+  const rows: string[][] = [];
+  if (solved === null) {
+    rows.push(["placement", "everything fits: there was nothing to solve"]);
+  } else {
+    const isMeasured = profile !== null && profile.storage.length > 0;
+    const cost = (value: number | null): string =>
+      value === null ? "found none" : isMeasured ? `${durationText(value)} a token` : value.toPrecision(4);
+    const { greedyCost, programCost, by } = solved;
+    const apart =
+      greedyCost === null || programCost === null
+        ? ""
+        : `, ${percentText(Math.abs(greedyCost - programCost) / Math.min(greedyCost, programCost))} apart`;
+    rows.push(
+      ["by density", cost(greedyCost)],
+      ["as a program", `${cost(programCost)}${apart}`],
+      ["taken", by === "greedy" ? "by density" : "as a program"],
+    );
   }
-  return lines.map((line) => `  ${line}`).join("\n");
+  if (profile === null) {
+    rows.push(["measured", "nothing: run `hypura profile`"]);
+    return rows;
+  }
+  const products = profile.products.map(
+    (one) => `${one.typeName} ${bandwidthText(one.decodeBytesPerSecond)}`,
+  );
+  rows.push(
+    ["measured", `${printable(profile.cpuModel)}, ${plural(profile.computeThreads, "thread")}`],
+    ["products", products.join(", ")],
+    ["copying", bandwidthText(profile.copyBytesPerSecond)],
+    ...profile.storage.map((one) => [
+      "disk",
+      `${printable(one.volume)}: ${bandwidthText(one.bestBytesPerSecond)} with ${one.best.depth} reads of ${bytesText(one.best.readBytes)}`,
+    ]),
+  );
+  if (estimate.modelSeconds !== null) {
+    rows.push(["computed", `${durationText(estimate.modelSeconds)} a token, before any correction`]);
+  }
+  return rows;
+}
+
+/** Two columns, the second one in as many lines as it needs. */
+function wrapRows(rows: readonly (readonly string[])[]): readonly (readonly string[])[] {
+  const first = Math.max(...rows.map(([name = ""]) => name.length));
+  return rows.flatMap(([name = "", value = ""]) =>
+    wrapped(value, pageWidth - first - 4).map((line, index) => [index === 0 ? name : "", line]),
+  );
+}
+
+function paragraph(sentence: string): string {
+  return wrapped(sentence, pageWidth - 2)
+    .map((line) => `  ${line}`)
+    .join("\n");
 }
 
 // ---- JSON ---------------------------------------------------------------------------------------------------------
@@ -259,7 +397,7 @@ function wrapped(sentence: string): string {
 /** Everything that the page shows and more. Fields are added, never renamed. */
 function asJson(
   { path, files, gguf, model }: ModelFile,
-  { machine, budgetBytes, plan, refusal }: Verdict,
+  { place: { machine }, budgetBytes, plan, refusal }: Verdict,
 ): object {
   const { tensors, strides, bytesByRole, bytesByType, ...facts } = model;
   return {

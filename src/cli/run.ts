@@ -2,7 +2,7 @@
 
 import { readFileSync } from "node:fs";
 import { consola } from "consola";
-import { planOf } from "../api";
+import { prepare } from "../api";
 import { type Engine, openEngine } from "../engine";
 import { exitStatus, HypuraError } from "../errors";
 import {
@@ -14,23 +14,12 @@ import {
   type Piece,
   type Prompt,
 } from "../generate";
-import { openModelFile } from "../modelfile";
 import { type Plan, totalBytes } from "../plan";
-import { readPlan } from "../planfile";
-import { countersSince, type StreamingCounters, streamingText } from "../streaming";
+import { countersSince, layersOf, layersText, type StreamingCounters, streamingText } from "../streaming";
 import { bytesText, countText, durationText } from "../text";
 import { traceHeader } from "../trace";
 import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
-import {
-  checkPlanFlag,
-  command,
-  limitArgs,
-  limitsOf,
-  numberFlag,
-  planArgs,
-  repeatedFlag,
-  warnOfCut,
-} from "./command";
+import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut } from "./command";
 import { print, stderr, tell } from "./terminal";
 
 const args = {
@@ -61,7 +50,6 @@ const args = {
     valueHint: "N",
   },
   ...limitArgs,
-  ...planArgs,
   trace: {
     type: "string",
     description: "Write down which strides the answer needs, for `hypura replay`",
@@ -110,7 +98,7 @@ export const runCommand = command(
       }
       const full = promptFor(prompt ?? "", flags, hasChatTemplate);
       try {
-        await answerOnce(engine, full, { maxTokens: defaultMaxTokens, ...options }, flags.json === true);
+        await answerOnce(engine, full, { maxTokens: defaultMaxTokens, ...options }, flags);
       } catch (error) {
         throw withAdvice(error, trainedContextTokens);
       }
@@ -192,10 +180,8 @@ interface Prepared {
 
 /** The plan of this run, said where it is not what was asked for. */
 function prepareRun(flags: Flags, isChat: boolean): Prepared {
-  checkPlanFlag(flags);
   const limits = limitsOf(flags);
-  const file = openModelFile(flags.model as string);
-  const plan = flags.plan === undefined ? planOf(file, limits) : readPlan(flags.plan, file);
+  const { file, plan } = prepare(flags.model as string, limits);
   const { trainedContextTokens, hasChatTemplate } = file.model;
   warnOfCut(limits, plan);
   if (!hasChatTemplate && isChat) {
@@ -335,7 +321,7 @@ async function answerOnce(
   engine: Engine,
   prompt: Prompt,
   options: GenerateOptions,
-  json: boolean,
+  { json = false, verbose = false }: Flags,
 ): Promise<void> {
   const watch = new StreamingWatch(engine);
   const answer = await interruptible((signal) => {
@@ -359,6 +345,9 @@ async function answerOnce(
       const { generatedTokens, generatedSeconds } = answer.timings;
       const decoded = { tokens: generatedTokens - 1, seconds: generatedSeconds }; // the first came with the prompt
       consola.info(streamingText(streaming, decoded, plan.streaming.touchedBytesPerToken));
+      if (verbose) {
+        tell(`${layersText(layersOf(streaming, plan), decoded.tokens)}\n`);
+      }
     }
   }
   if (answer.finish === "cancelled") {

@@ -18,7 +18,7 @@ describe("help", () => {
   });
 
   test("of a command is the same by every road, fits 100 columns, and is not coloured in a pipe", async () => {
-    for (const name of ["run", "inspect", "version"]) {
+    for (const name of ["run", "inspect", "profile", "iobench", "version"]) {
       const roads = [
         ["help", name],
         [name, "--help"],

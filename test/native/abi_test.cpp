@@ -270,6 +270,46 @@ void leave_before_it_has_loaded(const std::string & plan) {
     wait_for([&] { return hy_active_requests(engine) == HY_E_HANDLE; });
 }
 
+int32_t task(const char * name, const std::string & json) {
+    return hy_task(name, reinterpret_cast<const uint8_t *>(json.data()), json.size());
+}
+
+std::string task_answer(const char * name, const std::string & json) {
+    const int32_t fd = task(name, json);
+    CHECK(fd >= 0);
+    std::string all = read_all(fd);
+    CHECK(close(fd) == 0);
+    return all;
+}
+
+const char * const LONG_COPY = "{\"threads\":2,\"bufferBytes\":8388608,\"durationNs\":60000000000}";
+
+// Work without an engine: answers, documents that are none, and readers that leave.
+void tasks() {
+    CHECK(has(task_answer("devices", "{}"), "\"type\":\"cpu\""));
+    const std::string copied = task_answer("copy", "{\"threads\":2,\"bufferBytes\":1048576,\"durationNs\":0}");
+    CHECK(has(copied, "{\"event\":\"data\",\"data\":{\"bytes\":") && has(copied, "{\"event\":\"end\"}\n"));
+    const std::string absent = task_answer(
+        "scratch", "{\"path\":\"/no/such/folder/x\",\"sizeBytes\":4096,\"chunkBytes\":4096,\"durationNs\":1}");
+    CHECK(has(absent, "\"event\":\"error\",\"status\":500") && !has(absent, "\"event\":\"end\""));
+    CHECK(task("", "{}") == HY_E_JSON);
+    CHECK(task("device", "{}") == HY_E_JSON);
+    for (const char * json : {"", "{", "[]", "7", "{}", "{\"threads\":0,\"bufferBytes\":4096,\"durationNs\":1}",
+                              "{\"threads\":1,\"bufferBytes\":-1,\"durationNs\":1}",
+                              "{\"threads\":1e9,\"bufferBytes\":4096,\"durationNs\":1}",
+                              "{\"threads\":\"1\",\"bufferBytes\":4096,\"durationNs\":1}"}) {
+        CHECK(task("copy", json) == HY_E_JSON);
+    }
+    const size_t before = count_descriptors();
+    for (int i = 0; i < 8; ++i) {
+        const int32_t fd = task("copy", LONG_COPY);
+        CHECK(fd >= 0);
+        std::this_thread::sleep_for(std::chrono::milliseconds(i));
+        close(fd);
+    }
+    wait_for([&] { return count_descriptors() == before; }); // each has ended, far before its minute
+}
+
 } // namespace
 
 int main(int argc, char ** argv) {
@@ -284,6 +324,7 @@ int main(int argc, char ** argv) {
     CHECK(hy_build_info() == hy_build_info()); // one text for the life of the process
     refuse_what_is_no_plan(plan);
     refuse_what_is_no_engine();
+    tasks();
     live_once(plan);
     const size_t before = count_descriptors();
     for (int i = 0; i < 2; ++i) {

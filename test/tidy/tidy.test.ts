@@ -61,7 +61,7 @@ describe("canary: a planted violation is reported", () => {
     ["pure", "src/plan.ts", `import { readMachine } from "./machine";`],
     ["pure", "src/plan.ts", `import { type Machine } from "./machine";`], // a side effect remains
     ["pure", "src/plan.ts", `import {\n  a,\n  b,\n} from "./engine";`],
-    ["pure", "src/ollama.ts", `export * from "./server";`],
+    ["pure", "src/ollama-reply.ts", `export * from "./server";`],
     ["pure", "src/gguf.ts", `import "consola";`],
     ["pure", "src/gguf.ts", `const fs = await import("node:fs");`],
     ["pure", "src/model.ts", "const x = Math.random();"],

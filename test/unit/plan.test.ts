@@ -15,6 +15,8 @@ function machine(availableBytes: number): Machine {
     computeCores: 4,
     hasDirectLoad: true,
     memory: { totalBytes: 64e9, availableBytes, limitedBy: null },
+    devices: [],
+    profile: null,
   };
 }
 

@@ -1,0 +1,498 @@
+// What a token costs: (Model, Placement, Machine) -> bytes by tier, seconds, and the bound that no cleverness passes. It
+// owns the cost model and nothing of how a placement is found (plan-place.ts). Pure, and without constants of belief:
+// where the machine was not measured the estimate says so and gives no number, and what is assumed of routing is
+// called assumed.
+//
+// One token: the resident weights are read from memory once, at the speed that products on their type reached; the
+// experts of a layer that are in the pool are computed while the missing ones are read, so a layer takes
+// serial + max(computing, reading); of a dense model the missing matrices are read ahead in a ring that goes on
+// through the whole pass and across its end, so the pass takes max(computing, reading).
+
+import type { Machine, StorageSpeed } from "./machine";
+import type { Model, ModelTensor, StrideSet } from "./model";
+import type { ReaderShape } from "./plan-memory";
+import { bandwidthText, bytesText, durationText, rateText } from "./text";
+
+// ---- how often the pool has what a token needs --------------------------------------------------------------------
+
+/** Of the experts that a token needs, the share that the pool has, by the share of all experts that it holds. */
+export interface HitCurve {
+  /** `recorded`: of runs of this very model. */
+  readonly kind: "recorded" | "assumed";
+  /** By rising share, both between 0 and 1; straight lines in logarithms between them, and on to (1, 1). */
+  readonly points: readonly { readonly share: number; readonly hitRate: number }[];
+}
+
+/**
+ * What others measured on real models: a share of 0.125 hits 0.53, 0.17 hits 0.71, 0.25 hits 0.72, 0.13 hits 0.66 to
+ * 0.72, 0.16 hits 0.71, 0.22 hits 0.80; together about share^0.29 (their exponents lie between 0.25 and 0.33). Routing
+ * is a property of each model, so this is an assumption until a run has recorded the model's own.
+ */
+export const publishedHitCurve: HitCurve = {
+  kind: "assumed",
+  points: [{ share: 0.5, hitRate: 0.5 ** 0.29 }],
+};
+
+export function hitRateAt(curve: HitCurve, share: number): number {
+  if (share >= 1) return 1;
+  if (share <= 0) return 0;
+  const points = [...curve.points, { share: 1, hitRate: 1 }];
+  const above = points.findIndex((point) => point.share >= share);
+  const high = points[above] ?? { share: 1, hitRate: 1 };
+  const low = points[above - 1];
+  const from = low ?? high;
+  const to = low === undefined ? (points[above + 1] ?? high) : high;
+  // Below the first point the first line goes on; a curve of one point at 1 is a straight share.
+  const run = Math.log(to.share / from.share);
+  const slope = run === 0 ? 1 : Math.min(1, Math.max(0, Math.log(to.hitRate / from.hitRate) / run));
+  const rate = from.hitRate * (share / from.share) ** slope;
+  // Any routing at all hits its share of the strides.
+  return Math.min(1, Math.max(share, rate));
+}
+
+// ---- what was measured --------------------------------------------------------------------------------------------
+
+export interface Speeds {
+  /** Seconds to read and use so many bytes of weights of a type, for one token. */
+  decodeSeconds(typeName: string, bytes: number): number;
+  /** Seconds of the products of a matrix with a batch of tokens: between the measured batches, 1 and 512. */
+  batchSeconds(typeName: string, matrix: Matrix, tokens: number): number;
+  readonly copyBytesPerSecond: number;
+  /** Null: no storage was measured. */
+  readonly storage: StorageSpeed | null;
+  /** Of the model's types, those that were not measured and take the median of the others. */
+  readonly missingTypes: readonly string[];
+}
+
+interface Matrix {
+  readonly bytes: number;
+  readonly elements: number;
+}
+
+/** The batch that prefillFlopsPerSecond was measured with (ProductSpeed of machine.ts). */
+const measuredBatch = 512;
+
+/** Null where the machine was not measured. */
+export function speedsOf(model: Model, machine: Machine, threads: number): Speeds | null {
+  const { profile } = machine;
+  if (profile === null || profile.products.length === 0) {
+    return null;
+  }
+  const byType = new Map(profile.products.map((product) => [product.typeName, product]));
+  const usual = {
+    decodeBytesPerSecond: middle(profile.products.map((one) => one.decodeBytesPerSecond)),
+    prefillFlopsPerSecond: middle(profile.products.map((one) => one.prefillFlopsPerSecond)),
+  };
+  // Fewer threads than were measured do their share of the work; more were not measured, and promise nothing.
+  const share = Math.min(1, threads / profile.computeThreads);
+  const of = (typeName: string) => byType.get(typeName) ?? usual;
+  const decodeSeconds = (typeName: string, bytes: number): number =>
+    bytes / (of(typeName).decodeBytesPerSecond * share);
+  return {
+    decodeSeconds,
+    batchSeconds(typeName, { bytes, elements }, tokens) {
+      const one = decodeSeconds(typeName, bytes);
+      const full = (2 * elements * measuredBatch) / (of(typeName).prefillFlopsPerSecond * share);
+      return one + (Math.max(0, full - one) * (tokens - 1)) / (measuredBatch - 1);
+    },
+    copyBytesPerSecond: profile.copyBytesPerSecond,
+    storage: profile.storage[0] ?? null,
+    missingTypes: [...model.bytesByType]
+      .filter(([name, bytes]) => !byType.has(name) && bytes > model.tensorBytes / 100)
+      .map(([name]) => name),
+  };
+}
+
+function middle(values: readonly number[]): number {
+  const sorted = [...values].sort((a, b) => a - b);
+  const half = Math.floor(sorted.length / 2);
+  const upper = sorted[half] ?? 1;
+  return sorted.length % 2 === 1 ? upper : ((sorted[half - 1] ?? upper) + upper) / 2;
+}
+
+/** Bytes per second of reads of this size with so many in flight: the measured sizes nearest to it, between depths. */
+export function bandwidthAt(storage: StorageSpeed, readBytes: number, depth: number): number {
+  const distance = (bytes: number): number => Math.abs(Math.log(bytes / Math.max(1, readBytes)));
+  const nearest = storage.reads.reduce(
+    (best, one) => (distance(one.readBytes) < distance(best) ? one.readBytes : best),
+    storage.reads[0]?.readBytes ?? 1,
+  );
+  const rows = storage.reads
+    .filter((one) => one.readBytes === nearest)
+    .sort((one, other) => one.depth - other.depth);
+  const above = rows.find((one) => one.depth >= depth);
+  const below = rows.findLast((one) => one.depth <= depth);
+  if (above === undefined || below === undefined || above.depth === below.depth) {
+    return (above ?? below)?.bytesPerSecond ?? storage.bestBytesPerSecond;
+  }
+  const part = Math.log(depth / below.depth) / Math.log(above.depth / below.depth);
+  return below.bytesPerSecond + part * (above.bytesPerSecond - below.bytesPerSecond);
+}
+
+/** Seconds until `count` strides asked for at once are there. */
+function readSeconds(
+  storage: StorageSpeed,
+  reader: ReaderShape,
+  read: { readonly strideBytes: number; readonly count: number },
+): number {
+  if (read.count <= 0) return 0;
+  const piece = Math.min(reader.pieceBytes, read.strideBytes);
+  const pieces = Math.ceil(read.strideBytes / piece) * Math.max(1, read.count);
+  const depth = Math.max(1, Math.min(reader.threads, pieces));
+  return (read.strideBytes * read.count) / bandwidthAt(storage, piece, depth);
+}
+
+// ---- one token ----------------------------------------------------------------------------------------------------
+
+/** Strides of one class as a placement has them. */
+export interface PlacedClass {
+  readonly kind: "dense" | "expert";
+  readonly strideBytes: number;
+  /** Of the sets that stream. */
+  readonly strideCount: number;
+  readonly slotCount: number;
+  /** Of a dense class: slots whose stride never leaves. */
+  readonly pinnedCount: number;
+  readonly sets: readonly StrideSet[];
+}
+
+/** Where everything is: what the cost model needs of it. */
+export interface Placement {
+  readonly gpuLayers: number;
+  /** By index of the tensor. */
+  readonly tiers: readonly ("gpu" | "ram" | "nvme")[];
+  readonly classes: readonly PlacedClass[];
+}
+
+export interface CostFacts {
+  readonly model: Model;
+  readonly placement: Placement;
+  readonly curve: HitCurve;
+  readonly reader: ReaderShape;
+  readonly ubatchTokens: number;
+  /** Bytes of one token of context on the processor's side. */
+  readonly kvBytesPerToken: number;
+}
+
+/** Bytes of weights that one token of decoding takes from each tier. */
+export interface TokenBytes {
+  readonly touched: number;
+  readonly gpu: number;
+  readonly ram: number;
+  /** Streamed, and in the pool. */
+  readonly pool: number;
+  /** Streamed, and read for it. */
+  readonly read: number;
+}
+
+/** Share of a class that the pool has, as the policy keeps it. */
+function heldShare(one: PlacedClass, curve: HitCurve): number {
+  if (one.strideCount === 0 || one.slotCount >= one.strideCount) {
+    return 1;
+  }
+  return one.kind === "dense"
+    ? one.pinnedCount / one.strideCount
+    : hitRateAt(curve, one.slotCount / one.strideCount);
+}
+
+export interface TokenUse extends TokenBytes {
+  /** Of the streamed strides that a token touches; null where nothing streams. */
+  readonly hitRate: number | null;
+}
+
+export function bytesOfToken(facts: CostFacts): TokenUse {
+  const { model, placement, curve } = facts;
+  const sums = { gpu: 0, ram: 0, nvme: 0 };
+  let touched = 0;
+  for (const tensor of model.tensors) {
+    touched += tensor.touchedBytesPerToken;
+    sums[placement.tiers[tensor.index] ?? "ram"] += tensor.touchedBytesPerToken;
+  }
+  let streamed = 0;
+  let held = 0;
+  for (const one of placement.classes) {
+    const bytes = one.sets.reduce(
+      (sum, set) => sum + (model.tensors[set.tensorIndex]?.touchedBytesPerToken ?? 0),
+      0,
+    );
+    streamed += bytes;
+    held += bytes * heldShare(one, curve);
+  }
+  return {
+    touched,
+    gpu: sums.gpu,
+    // What is on nvme and does not stream is mapped: the page cache has it.
+    ram: sums.ram + (sums.nvme - streamed),
+    pool: held,
+    read: streamed - held,
+    hitRate: streamed === 0 ? null : held / streamed,
+  };
+}
+
+export interface Seconds {
+  /** Of one token. */
+  readonly total: number;
+  /** If reads took no time, and if computing took none. */
+  readonly compute: number;
+  readonly read: number;
+}
+
+/** Of a context that is hardly filled: what a short conversation meets. */
+const filledTokens = 256;
+
+/** The streamed experts of one layer. */
+interface ExpertLayer {
+  readonly used: number;
+  readonly tensorCount: number;
+  readonly bytesEach: number;
+  readonly secondsEach: number;
+  readonly hitRate: number;
+}
+
+interface Streams {
+  readonly experts: readonly ExpertLayer[];
+  readonly denseReadBytes: number;
+  readonly denseSeconds: number;
+  readonly denseStrideBytes: number;
+}
+
+function streamsOf(facts: CostFacts, speeds: Speeds): Streams {
+  const { model, placement, curve } = facts;
+  const layers = new Map<number, ExpertLayer>();
+  let denseReadBytes = 0;
+  let denseSeconds = 0;
+  let denseStrideBytes = 0;
+  for (const one of placement.classes) {
+    const share = heldShare(one, curve);
+    for (const set of one.sets) {
+      const tensor = model.tensors[set.tensorIndex];
+      if (tensor === undefined) continue;
+      if (one.kind === "dense") {
+        denseReadBytes += tensor.touchedBytesPerToken * (1 - share);
+        denseSeconds += speeds.decodeSeconds(tensor.typeName, tensor.touchedBytesPerToken);
+        denseStrideBytes = Math.max(denseStrideBytes, set.strideBytes);
+        continue;
+      }
+      const before = layers.get(tensor.layer ?? 0);
+      const bytes = (before?.bytesEach ?? 0) + set.strideBytes;
+      layers.set(tensor.layer ?? 0, {
+        used: Math.max(before?.used ?? 0, set.touchedCount),
+        tensorCount: (before?.tensorCount ?? 0) + 1,
+        bytesEach: bytes,
+        secondsEach: (before?.secondsEach ?? 0) + speeds.decodeSeconds(tensor.typeName, set.strideBytes),
+        hitRate: ((before?.hitRate ?? 0) * (before?.bytesEach ?? 0) + share * set.strideBytes) / bytes,
+      });
+    }
+  }
+  return { experts: [...layers.values()], denseReadBytes, denseSeconds, denseStrideBytes };
+}
+
+/**
+ * Expected seconds of one layer's experts: each is missing with the same chance, the missing ones are read at once
+ * while the others are computed, and the last product waits for the last read.
+ */
+function expertSeconds(layer: ExpertLayer, facts: CostFacts, storage: StorageSpeed): number {
+  const miss = 1 - layer.hitRate;
+  const all = layer.used * layer.secondsEach;
+  let chance = layer.hitRate ** layer.used; // of no miss
+  let expected = chance * all;
+  for (let missing = 1; missing <= layer.used; missing++) {
+    chance =
+      layer.hitRate === 0
+        ? missing === layer.used
+          ? 1
+          : 0
+        : (chance * miss * (layer.used - missing + 1)) / (layer.hitRate * missing);
+    const read = readSeconds(storage, facts.reader, {
+      strideBytes: layer.bytesEach / layer.tensorCount,
+      count: missing * layer.tensorCount,
+    });
+    const last = (missing * layer.secondsEach) / layer.tensorCount;
+    expected += chance * Math.max(all, read + last);
+  }
+  return expected;
+}
+
+/** Null where something is streamed and no storage was measured. */
+export function secondsOfToken(facts: CostFacts, speeds: Speeds): Seconds | null {
+  const { model, placement } = facts;
+  const { storage } = speeds;
+  let serial = (facts.kvBytesPerToken * filledTokens) / speeds.copyBytesPerSecond;
+  const streamed = new Set(placement.classes.flatMap((one) => one.sets.map((set) => set.tensorIndex)));
+  for (const tensor of model.tensors) {
+    if (placement.tiers[tensor.index] !== "gpu" && !streamed.has(tensor.index)) {
+      serial += speeds.decodeSeconds(tensor.typeName, tensor.touchedBytesPerToken);
+    }
+  }
+  const streams = streamsOf(facts, speeds);
+  const expertCompute = streams.experts.reduce((sum, one) => sum + one.used * one.secondsEach, 0);
+  const compute = serial + streams.denseSeconds + expertCompute;
+  if (streamed.size === 0) {
+    return { total: compute, compute, read: 0 };
+  }
+  if (storage === null) {
+    return null;
+  }
+  const dense = readSeconds(storage, facts.reader, {
+    strideBytes: Math.max(1, streams.denseStrideBytes),
+    count: streams.denseReadBytes / Math.max(1, streams.denseStrideBytes),
+  });
+  let chain = serial + streams.denseSeconds;
+  for (const layer of streams.experts) {
+    chain += expertSeconds(layer, facts, storage);
+  }
+  const read = bytesOfToken(facts).read / storage.bestBytesPerSecond;
+  // Beside experts, whose reads go first, nothing is counted as read ahead: it was not measured.
+  const total = streams.experts.length > 0 ? chain + dense : Math.max(chain, dense);
+  return { total: Math.max(total, read), compute, read };
+}
+
+/** Seconds of one micro-batch of a prompt; null as above. */
+export function secondsOfBatch(facts: CostFacts, speeds: Speeds): number | null {
+  const { model, placement, ubatchTokens } = facts;
+  const streamed = new Set(placement.classes.flatMap((one) => one.sets.map((set) => set.tensorIndex)));
+  let serial = 0;
+  for (const tensor of model.tensors) {
+    if (placement.tiers[tensor.index] === "gpu" || streamed.has(tensor.index)) continue;
+    if (tensor.touchedBytesPerToken === 0 || tensor.shape.length < 2 || tensor.role === "embedding") continue;
+    serial += setSeconds(tensor, tensor.strides, tensor.role === "output" ? 1 : ubatchTokens, speeds);
+  }
+  if (streamed.size === 0) return serial;
+  if (speeds.storage === null) return null;
+  let compute = 0;
+  let read = 0;
+  for (const one of placement.classes) {
+    for (const set of one.sets) {
+      const tensor = model.tensors[set.tensorIndex];
+      if (tensor === undefined) continue;
+      compute += setSeconds(tensor, set, ubatchTokens, speeds);
+      read += batchReads(one, set, ubatchTokens) * set.strideBytes;
+    }
+  }
+  return serial + Math.max(compute, read / speeds.storage.bestBytesPerSecond);
+}
+
+/** Of one tensor; experts get a share of the batch each. */
+function setSeconds(tensor: ModelTensor, set: StrideSet | null, tokens: number, speeds: Speeds): number {
+  const { sizeBytes: bytes, typeName } = tensor;
+  if (set === null || set.strideCount === 1) {
+    return speeds.batchSeconds(typeName, { bytes, elements: elementsOf(tensor) }, tokens);
+  }
+  const named = namedStrides(set, tokens);
+  const each = { bytes: set.strideBytes, elements: elementsOf(tensor) / set.strideCount };
+  return named * speeds.batchSeconds(typeName, each, (tokens * set.touchedCount) / named);
+}
+
+/** Strides of a set that a batch names, if tokens choose independently of each other. */
+function namedStrides(set: StrideSet, tokens: number): number {
+  return set.strideCount * (1 - (1 - set.touchedCount / set.strideCount) ** tokens);
+}
+
+/** Strides of a set that a micro-batch reads: those that its tokens name, less those held. */
+export function batchReads(one: PlacedClass, set: StrideSet, tokens: number): number {
+  const held =
+    one.slotCount >= one.strideCount
+      ? one.strideCount
+      : one.kind === "dense"
+        ? one.pinnedCount
+        : one.slotCount;
+  const heldHere = (held / Math.max(1, one.strideCount)) * set.strideCount;
+  return Math.max(0, namedStrides(set, tokens) - heldHere);
+}
+
+function elementsOf(tensor: ModelTensor): number {
+  return tensor.shape.reduce((product, size) => product * size, 1);
+}
+
+// ---- the estimate -------------------------------------------------------------------------------------------------
+
+/** What a plan should do on this machine, and how well that is known. */
+export interface Estimate {
+  /** Null: not measured, and `note` says what to do. */
+  readonly decodeTokensPerSecond: number | null;
+  readonly prefillTokensPerSecond: number | null;
+  /** `model`: computed from measured speeds; `corrected`, `measured`: by runs that were kept. */
+  readonly basis: "none" | "model" | "corrected" | "measured";
+  /** What no overlap and no cleverness can pass; null where nothing was measured. */
+  readonly bound: Bound | null;
+  readonly tokenBytes: TokenBytes;
+  readonly hits: {
+    readonly rate: number;
+    /** If routing were random; what the pool hits at least. */
+    readonly leastRate: number;
+    readonly curve: HitCurve["kind"];
+  } | null;
+  /** Of the cost model, before any correction: what a measured run is compared with. */
+  readonly modelSeconds: number | null;
+  readonly note: string;
+}
+
+export interface Bound {
+  readonly tokensPerSecond: number;
+  readonly by: "storage" | "computing";
+  readonly sentence: string;
+}
+
+export const notMeasured = "not measured: run `hypura profile`";
+
+export function estimateOf(facts: CostFacts, speeds: Speeds | null): Estimate {
+  const use = bytesOfToken(facts);
+  const { hitRate, ...tokenBytes } = use;
+  const isExpert = facts.placement.classes.some((one) => one.kind === "expert");
+  const least = leastHitRate(facts);
+  const hits =
+    hitRate === null
+      ? null
+      : { rate: hitRate, leastRate: isExpert ? least : hitRate, curve: facts.curve.kind };
+  const seconds = speeds === null ? null : secondsOfToken(facts, speeds);
+  const batch = speeds === null ? null : secondsOfBatch(facts, speeds);
+  const gpuUnknown = use.gpu > 0;
+  const known = seconds !== null && !gpuUnknown;
+  return {
+    decodeTokensPerSecond: known ? 1 / seconds.total : null,
+    prefillTokensPerSecond: known && batch !== null ? facts.ubatchTokens / batch : null,
+    basis: known ? "model" : "none",
+    bound: boundOf(facts, use, speeds),
+    tokenBytes,
+    hits,
+    modelSeconds: known ? seconds.total : null,
+    note: noteOf(speeds, { seconds, gpuUnknown }),
+  };
+}
+
+/** With random routing a class hits by the share of its strides that it holds. */
+function leastHitRate(facts: CostFacts): number {
+  const random: HitCurve = { kind: "assumed", points: [] };
+  return bytesOfToken({ ...facts, curve: random }).hitRate ?? 1;
+}
+
+function noteOf(
+  speeds: Speeds | null,
+  known: { readonly seconds: Seconds | null; readonly gpuUnknown: boolean },
+): string {
+  if (speeds === null) return notMeasured;
+  if (known.seconds === null)
+    return "the disk was not measured: run `hypura profile --path FOLDER` for the model's folder";
+  if (known.gpuUnknown) return "products on the GPU were not measured: the bound is all that can be said";
+  return speeds.missingTypes.length === 0
+    ? ""
+    : `products of ${speeds.missingTypes.join(", ")} were not measured: the median of other types stands for them`;
+}
+
+function boundOf(facts: CostFacts, use: TokenUse, speeds: Speeds | null): Bound | null {
+  if (speeds === null) return null;
+  const seconds = secondsOfToken(facts, speeds);
+  if (seconds === null) return null;
+  if (seconds.read > seconds.compute && speeds.storage !== null) {
+    const rate = 1 / seconds.read;
+    const sentence = `a token reads ${bytesText(use.read)}: at ${bandwidthText(speeds.storage.bestBytesPerSecond)} of disk ${rateText(rate)} at most`;
+    return { tokensPerSecond: rate, by: "storage", sentence };
+  }
+  if (use.gpu > 0) {
+    // What the processor does is no bound for a machine whose GPU does most of it.
+    return null;
+  }
+  const rate = 1 / seconds.compute;
+  const sentence = `computing on ${bytesText(use.touched)} takes ${durationText(seconds.compute)}: ${rateText(rate)} at most`;
+  return { tokensPerSecond: rate, by: "computing", sentence };
+}

@@ -1,0 +1,173 @@
+// What earlier runs say about the next one: measured runs -> a corrected estimate and the model's own curve of hits. Pure:
+// where runs are kept is history.ts's matter. A figure that was measured beats one that was computed, the nearer the
+// run was to the plan at hand the more.
+
+import type { Model } from "./model";
+import type { Estimate, HitCurve } from "./plan-cost";
+
+/** One run, as it is kept. */
+export interface MeasuredRun {
+  readonly version: 1;
+  /** ISO 8601. */
+  readonly at: string;
+  /** `fingerprint` of the machine's profile. */
+  readonly machineKey: string;
+  readonly modelKey: string;
+  readonly streams: boolean;
+  readonly threads: number;
+  /** Of the streamed strides, the share that the pool held; null where nothing streamed. */
+  readonly poolShare: number | null;
+  readonly layerCount: number;
+  /** `modelSeconds` of the plan's estimate: what was computed before any correction; null without a profile. */
+  readonly modelSeconds: number | null;
+  readonly decodeTokens: number;
+  readonly decodeSeconds: number;
+  /** Of the streamed experts that tokens touched, the share that was in the pool; null for dense models. */
+  readonly hitRate: number | null;
+}
+
+/** What identifies a model whatever its file is called: the same tensors at the same places. */
+export function modelKeyOf(model: Model): string {
+  let hash = 0x811c9dc5; // FNV-1a
+  const add = (text: string): void => {
+    for (let i = 0; i < text.length; i++) {
+      hash = Math.imul(hash ^ text.charCodeAt(i), 0x01000193) >>> 0;
+    }
+  };
+  for (const tensor of model.tensors) add(`${tensor.name} ${tensor.typeName} ${tensor.sizeBytes};`);
+  return `${model.architecture}-${model.tensorBytes}-${hash.toString(16).padStart(8, "0")}`;
+}
+
+/** What a run of a plan did. */
+export interface RunFigures {
+  /** ISO 8601. */
+  readonly at: string;
+  readonly decodeTokens: number;
+  readonly decodeSeconds: number;
+  /** Hits of the streaming counters in those tokens, 0 to 1; null where nothing streamed. */
+  readonly hitRate: number | null;
+}
+
+/** The run as it is kept; null where it cannot be compared with another: the machine was not measured. */
+export function measuredRun(facts: PlanFacts, estimate: Estimate, figures: RunFigures): MeasuredRun | null {
+  const { machineKey, model, threads, poolShare, streams } = facts;
+  if (machineKey === null || !(figures.decodeTokens > 0) || !(figures.decodeSeconds > 0)) {
+    return null;
+  }
+  return {
+    version: 1,
+    ...figures,
+    // A ring hits by its share and nothing is learned from it.
+    hitRate: model.kind === "mixture-of-experts" ? figures.hitRate : null,
+    machineKey,
+    modelKey: modelKeyOf(model),
+    streams,
+    threads,
+    poolShare,
+    layerCount: model.layerCount,
+    modelSeconds: estimate.modelSeconds,
+  };
+}
+
+/** Fewer tokens say little: the first ones are slow, and a pause weighs much. */
+const leastTokens = 8;
+
+function usable(run: MeasuredRun): boolean {
+  return run.decodeTokens >= leastTokens && run.decodeSeconds > 0;
+}
+
+function median(values: readonly number[]): number {
+  const sorted = [...values].sort((a, b) => a - b);
+  const half = sorted.length / 2;
+  return Number.isInteger(half)
+    ? ((sorted[half - 1] ?? 0) + (sorted[half] ?? 0)) / 2
+    : (sorted[Math.floor(half)] ?? 0);
+}
+
+/** How often the pool had what a token needed, in runs of this very model on any machine; null where there were none. */
+export function hitCurveOf(model: Model, history: readonly MeasuredRun[]): HitCurve | null {
+  if (history.length === 0) return null;
+  const key = modelKeyOf(model);
+  const byShare = new Map<number, number[]>();
+  for (const run of history) {
+    const { poolShare, hitRate } = run;
+    if (run.modelKey !== key || !usable(run) || poolShare === null || hitRate === null) continue;
+    if (poolShare <= 0 || poolShare >= 1 || hitRate <= 0) continue;
+    const share = Number(poolShare.toPrecision(2));
+    byShare.set(share, [...(byShare.get(share) ?? []), hitRate]);
+  }
+  let most = 0;
+  const points = [...byShare]
+    .sort(([one], [other]) => one - other)
+    .map(([share, rates]) => {
+      // More slots never hit less; where two runs say so it is chance.
+      most = Math.max(most, median(rates));
+      return { share, hitRate: most };
+    });
+  return points.length === 0 ? null : { kind: "recorded", points };
+}
+
+export interface PlanFacts {
+  /** Null: the machine was not measured. */
+  readonly machineKey: string | null;
+  readonly model: Model;
+  readonly threads: number;
+  readonly poolShare: number | null;
+  readonly streams: boolean;
+}
+
+/** Pools that differ by less than this are the same plan: free memory is never twice the same. */
+const samePool = 0.03;
+
+/**
+ * The estimate with what was measured put in its place: runs of this plan give their median; runs of this model with
+ * another pool scale the computed time; resident runs of other models say what a layer costs beside its weights
+ * (threads that wait for each other at every operation), which the products of the profile do not contain.
+ */
+export function adjust(estimate: Estimate, facts: PlanFacts, history: readonly MeasuredRun[]): Estimate {
+  const { machineKey, threads } = facts;
+  if (machineKey === null || history.length === 0) return estimate;
+  const here = history.filter(
+    (run) => run.machineKey === machineKey && run.threads === threads && usable(run),
+  );
+  if (here.length === 0) return estimate;
+  const key = modelKeyOf(facts.model);
+  const ofModel = here.filter((run) => run.modelKey === key && run.streams === facts.streams);
+  const distance = (run: MeasuredRun): number => Math.abs((run.poolShare ?? 0) - (facts.poolShare ?? 0));
+  const same = ofModel.filter((run) => distance(run) <= samePool * Math.max(facts.poolShare ?? 0, 0.01));
+  if (same.length > 0) {
+    const seconds = median(same.slice(-5).map((run) => run.decodeSeconds / run.decodeTokens));
+    return {
+      ...estimate,
+      decodeTokensPerSecond: 1 / seconds,
+      basis: "measured",
+      note: `measured in ${same.length === 1 ? "an earlier run" : `${same.length} earlier runs`} of this plan`,
+    };
+  }
+  const { modelSeconds } = estimate;
+  if (modelSeconds === null) return estimate;
+  const near = ofModel
+    .filter((run) => run.modelSeconds !== null && run.modelSeconds > 0)
+    .sort((one, other) => distance(one) - distance(other))
+    .slice(0, 5);
+  if (near.length > 0) {
+    const ratio = median(near.map((run) => run.decodeSeconds / run.decodeTokens / (run.modelSeconds ?? 1)));
+    return {
+      ...estimate,
+      decodeTokensPerSecond: 1 / (modelSeconds * ratio),
+      basis: "corrected",
+      note: `corrected by ${near.length === 1 ? "an earlier run" : `${near.length} earlier runs`} of this model`,
+    };
+  }
+  const overheads = here
+    .filter((run) => !run.streams && run.modelSeconds !== null)
+    .map((run) => (run.decodeSeconds / run.decodeTokens - (run.modelSeconds ?? 0)) / run.layerCount);
+  if (overheads.length === 0) return estimate;
+  const each = Math.max(0, median(overheads));
+  return {
+    ...estimate,
+    decodeTokensPerSecond: 1 / (modelSeconds + each * facts.model.layerCount),
+    basis: "corrected",
+    note: "corrected by what layers cost in runs of other models here",
+  };
+}

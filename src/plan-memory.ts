@@ -1,0 +1,154 @@
+// How much memory a plan takes, by purpose and by device, before any weight is placed: context, scratch, the process
+// itself, and what streaming needs beside its pool. It owns the formulas and their sources; it must not know how weights
+// are placed (plan-place.ts) and is pure.
+
+import { type KvUse, type Model, type ModelTensor, memoryBytes } from "./model";
+
+/** Bytes by purpose; their sum is what the process should need at its peak. */
+export interface MemoryUse {
+  /** Resident weights in ram. */
+  readonly weightBytes: number;
+  readonly kvBytes: number;
+  readonly stateBytes: number;
+  readonly computeBytes: number;
+  /** Slots for streamed weights, and what streaming needs beside them. */
+  readonly poolBytes: number;
+  readonly streamingBytes: number;
+  readonly processBytes: number;
+}
+
+/** The same on the GPUs, all of them together. On unified memory it is the same memory as the rest. */
+export interface GpuMemoryUse {
+  readonly weightBytes: number;
+  readonly kvBytes: number;
+  readonly stateBytes: number;
+  readonly computeBytes: number;
+}
+
+/** Resident memory of the executable with libhypura loaded and no model: 95 MB measured on Linux x86-64. */
+export const processBytes = 100_000_000;
+
+/** What kv_type of ffi/native/engine.cpp knows. */
+export const kvTypes = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"] as const;
+/** Direct reads are aligned to this (kDirectAlign of ffi/native/platform.h). */
+const directAlignBytes = 4096;
+
+export function sumOf(use: MemoryUse | GpuMemoryUse): number {
+  return Object.values(use).reduce((sum: number, bytes: number) => sum + bytes, 0);
+}
+
+export interface Use {
+  /** Of one slot. */
+  readonly contextTokens: number;
+  readonly slotCount: number;
+  readonly ubatchTokens: number;
+  readonly kvType: string;
+  /** llama.cpp's n_gpu_layers: so many of the last layers, the output counting as one. */
+  readonly gpuLayers: number;
+  readonly reader: ReaderShape;
+}
+
+export interface ReaderShape {
+  readonly threads: number;
+  readonly pieceBytes: number;
+}
+
+/** The first block on a GPU (i_gpu_start of load_tensors in src/llama-model.cpp). */
+export function firstGpuLayer(model: Model, gpuLayers: number): number {
+  const all = model.layerCount + model.mtpLayerCount;
+  return gpuLayers === 0 ? all : Math.max(0, all + 1 - gpuLayers);
+}
+
+/** Every block and the output. */
+export function allGpuLayers(model: Model): number {
+  return model.layerCount + model.mtpLayerCount + 1;
+}
+
+/** Where llama.cpp puts a tensor that nobody streams: embeddings stay with the processor (dev_input), the output counts last. */
+export function isOnGpu(model: Model, tensor: ModelTensor, gpuLayers: number): boolean {
+  if (gpuLayers === 0 || tensor.role === "embedding") {
+    return false;
+  }
+  return tensor.layer === null || tensor.layer >= firstGpuLayer(model, gpuLayers);
+}
+
+/** The embedding once more: a GPU that computes the output of a model without an output matrix has its own copy. */
+export function copiedOutputBytes(model: Model, gpuLayers: number): number {
+  if (gpuLayers === 0 || !model.tiedOutput) {
+    return 0;
+  }
+  return model.tensors.find((tensor) => tensor.name === "token_embd.weight")?.sizeBytes ?? 0;
+}
+
+/** Memory without weights and pool. */
+export function memoryOf(
+  model: Model,
+  use: Use,
+  streams: boolean,
+): { readonly ram: MemoryUse; readonly gpu: GpuMemoryUse } {
+  const first = firstGpuLayer(model, use.gpuLayers);
+  const kvUse: KvUse = {
+    keyType: use.kvType,
+    valueType: use.kvType,
+    contextTokens: use.contextTokens * use.slotCount,
+    batchTokens: use.ubatchTokens,
+    sequenceCount: use.slotCount,
+  };
+  const side = (wanted: (layer: number) => boolean) =>
+    memoryBytes({ ...model, memoryLayers: model.memoryLayers.filter(({ layer }) => wanted(layer)) }, kvUse);
+  const compute = computeBytes(model, use);
+  const allOnGpu = !streams && use.gpuLayers >= allGpuLayers(model);
+  return {
+    ram: {
+      weightBytes: 0,
+      ...side((layer) => layer < first),
+      // With every product on a GPU the processor only looks rows up.
+      computeBytes: allOnGpu ? 4 * use.ubatchTokens * model.embeddingLength : compute,
+      poolBytes: 0,
+      streamingBytes: streams ? streamingBytes(model, use) : 0,
+      processBytes,
+    },
+    gpu: {
+      weightBytes: 0,
+      ...side((layer) => layer >= first),
+      computeBytes: use.gpuLayers === 0 ? 0 : compute,
+    },
+  };
+}
+
+/**
+ * Bytes of the graph's scratch for one micro-batch of u tokens over the n cells of KV of one slot:
+ * u * (4 * (7 * embd + ffn) + 2 * n) + 4 * vocab * outputs. Per token a block keeps about seven rows of the
+ * embedding's width at once, the widest FFN product twice (gate and up; with experts, for each one used, and its
+ * output), and one row of the attention mask in f16. Checked against llama.cpp's own allocation by a test.
+ */
+function computeBytes(model: Model, use: Use): number {
+  const dense = 2 * model.feedForwardLength;
+  const experts = model.expertUsedCount * (3 * model.expertFeedForwardLength + model.embeddingLength);
+  const floats = 7 * model.embeddingLength + Math.max(dense, experts);
+  const rows = use.ubatchTokens * (4 * floats + 2 * use.contextTokens);
+  return rows + 4 * model.vocabularySize * use.slotCount;
+}
+
+/** Bound of the work memory of one product over several slots. */
+export const spanWorkBytes = 16_777_216;
+
+/**
+ * ffi/native/backend.cpp, Computer: rows gathered for two experts at a time, ids and indices; the delegate's work
+ * memory for a product over a span of slots; and a bounce buffer for each reader thread.
+ */
+function streamingBytes(model: Model, use: Use): number {
+  let widest = 0;
+  for (const set of model.strides) {
+    const [columns = 0, rows = 0] = model.tensors[set.tensorIndex]?.shape ?? [];
+    widest = Math.max(widest, columns + rows);
+  }
+  const gather =
+    2 * 4 * use.ubatchTokens * widest + 20 * use.ubatchTokens * Math.max(1, model.expertCount) + 1_048_576;
+  return gather + spanWorkBytes + use.reader.threads * (use.reader.pieceBytes + 2 * directAlignBytes);
+}
+
+/** Distance of two slots: room for a stride at any page phase (min_slot_bytes of ffi/native/stream.h). */
+export function slotBytesOf(strideBytes: number): number {
+  return Math.floor((strideBytes + 2 * directAlignBytes - 2) / directAlignBytes) * directAlignBytes;
+}

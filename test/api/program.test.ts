@@ -1,0 +1,227 @@
+// `hypura serve` as a program: what it prints, its flags and Ollama's variables, and its end by a signal.
+
+import { beforeAll, describe, expect, test } from "bun:test";
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { environment, hypura, program } from "../cli/program";
+import { until } from "../engine/process";
+import { allLines, chatBody, type Line, linesOf, post, scratchFolder, testModels } from "./served";
+
+const folder = scratchFolder();
+let files: { readonly endless: string; readonly experts: string } = { endless: "", experts: "" };
+
+beforeAll(async () => {
+  files = await testModels(folder);
+});
+
+interface Facts {
+  readonly endpoint: string;
+  readonly pid: number;
+  readonly models: readonly {
+    readonly name: string;
+    readonly mode: string;
+    readonly contextTokens: number;
+  }[];
+}
+
+interface Running {
+  readonly child: Bun.Subprocess<"ignore", "pipe", "pipe">;
+  readonly facts: Facts;
+  readonly stderr: Promise<string>;
+}
+
+/** Starts it on a free port and waits until it listens. */
+async function start(words: readonly string[], env: Readonly<Record<string, string>> = {}): Promise<Running> {
+  const child = Bun.spawn([...program, "serve", "--port", "0", "--threads", "1", "--json", ...words], {
+    env: { ...environment, ...env },
+    stdin: "ignore",
+    stdout: "pipe",
+    stderr: "pipe",
+  });
+  const stderr = new Response(child.stderr).text();
+  const reader = child.stdout.getReader();
+  const { value } = await reader.read();
+  if (value === undefined) {
+    throw new Error(`it did not start: ${await stderr}`);
+  }
+  return { child, facts: JSON.parse(new TextDecoder().decode(value)) as Facts, stderr };
+}
+
+async function end({ child, stderr }: Running, signal: NodeJS.Signals = "SIGTERM"): Promise<string> {
+  child.kill(signal);
+  await child.exited;
+  return stderr;
+}
+
+/** The processes that this one has started; Linux only. */
+function childrenOf(processId: number): readonly number[] {
+  const path = `/proc/${processId}/task/${processId}/children`;
+  return existsSync(path) ? readFileSync(path, "utf8").trim().split(" ").filter(Boolean).map(Number) : [];
+}
+
+describe("starting", () => {
+  test("says what is served, where and how", async () => {
+    const server = await start([files.endless, files.experts, "--keep-alive", "90s"]);
+    expect(server.facts.endpoint).toMatch(/^http:\/\/127\.0\.0\.1:\d+$/);
+    expect(server.facts.models).toMatchObject([
+      { name: "endless:latest", mode: "full-resident", contextTokens: 32_768 },
+      { name: "experts:latest", mode: "full-resident", contextTokens: 2048 },
+    ]);
+    expect(await (await fetch(server.facts.endpoint)).text()).toBe("Ollama is running");
+    const stderr = await end(server);
+    expect(stderr).toContain("endless:latest: full-resident");
+    expect(stderr).toContain("32,768 tokens of context");
+    expect(stderr).toContain(server.facts.endpoint);
+    expect(stderr).toContain("1 min 30 s");
+  });
+
+  test("Ollama's variables count, and flags win", async () => {
+    const variables = {
+      OLLAMA_HOST: "localhost:1",
+      OLLAMA_CONTEXT_LENGTH: "512",
+      OLLAMA_KEEP_ALIVE: "-1",
+      OLLAMA_NUM_PARALLEL: "2",
+      OLLAMA_MAX_QUEUE: "7",
+      OLLAMA_ORIGINS: "https://chat.example.com",
+    };
+    const server = await start([files.endless], variables);
+    const { endpoint, models } = server.facts;
+    expect(endpoint).toMatch(/^http:\/\/localhost:\d+$/);
+    expect(models).toMatchObject([{ contextTokens: 512 }]);
+    const origin = "https://chat.example.com";
+    const tags = await fetch(`${endpoint}/api/tags`, { headers: { origin } });
+    expect(tags.headers.get("access-control-allow-origin")).toBe(origin);
+    const stderr = await end(server);
+    expect(stderr).toContain("stays loaded");
+    expect(stderr).toContain("for each of 2 requests");
+    const other = await start(
+      [files.endless, "--context", "1024", "--parallel", "1", "--host", "127.0.0.1"],
+      variables,
+    );
+    expect(other.facts.endpoint).toStartWith("http://127.0.0.1:");
+    expect(other.facts.models).toMatchObject([{ contextTokens: 1024 }]);
+    expect(await end(other)).not.toContain("for each of");
+  });
+
+  test.each([
+    [["--port", "70000"], "--port"],
+    [["--parallel", "x"], "--parallel"],
+    [["--keep-alive", "soon"], "--keep-alive"],
+    [["--origins", "example.com"], "--origins"],
+    [["--host", "a b"], "--host"],
+    [["--host", "203.0.113.9"], "cannot listen"],
+    [["--name", "no name"], "--name"],
+    [["--max-queue", "-1"], "--max-queue"],
+    [["--prot", "1"], "--port"],
+  ])("%j is one sentence", async (words, about) => {
+    const { status, stdout, stderr } = await hypura(["serve", files.endless, ...words]);
+    expect([2, 6]).toContain(status);
+    expect(stdout).toBe("");
+    expect(
+      stderr
+        .trim()
+        .split("\n")
+        .filter((line) => line.startsWith("error: ")),
+    ).toBeArrayOfSize(1);
+    expect(stderr).toContain(about);
+    expect(stderr).not.toContain(" at ");
+  });
+
+  test.each([
+    ["OLLAMA_NUM_PARALLEL", "many"],
+    ["OLLAMA_KEEP_ALIVE", "soon"],
+    ["OLLAMA_ORIGINS", "example.com"],
+    ["OLLAMA_MAX_QUEUE", "1.5"],
+  ])("a wrong %s too", async (variable, value) => {
+    const { status, stderr } = await hypura(["serve", files.endless], { env: { [variable]: value } });
+    expect(status).toBe(2);
+    expect(stderr).toContain(variable);
+  });
+
+  test("a port that is taken is one sentence", async () => {
+    const server = await start([files.endless]);
+    const { port } = new URL(server.facts.endpoint);
+    const { status, stderr } = await hypura(["serve", files.endless, "--port", port]);
+    expect(status).toBe(6);
+    expect(stderr).toContain(`port ${port} of 127.0.0.1 is taken`);
+    await end(server);
+  });
+
+  test("without a model, or with one that is none", async () => {
+    expect((await hypura(["serve"])).status).toBe(2);
+    const none = join(folder, "none.gguf");
+    writeFileSync(none, "nothing");
+    expect((await hypura(["serve", none])).status).toBe(4);
+    expect((await hypura(["serve", join(folder, "absent.gguf")])).status).toBe(3);
+  });
+});
+
+describe("ending", () => {
+  test.each(["SIGINT", "SIGTERM", "SIGHUP"] as const)(
+    "%s while it answers: an error line, status 0, within five seconds, nothing left",
+    async (signal) => {
+      const temporary = join(folder, `temporary-${signal}`);
+      mkdirSync(temporary);
+      const server = await start([files.endless], { TMPDIR: temporary });
+      await allLines(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1)));
+      const children = childrenOf(server.facts.pid);
+      const answer = linesOf(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1_000_000)));
+      await answer.next();
+      const started = performance.now();
+      server.child.kill(signal);
+      let last: Line = {};
+      for await (const line of answer) {
+        last = line;
+      }
+      expect(last).toEqual({ error: "the server is shutting down" });
+      expect(await server.child.exited).toBe(0);
+      expect(performance.now() - started).toBeLessThan(5000);
+      for (const child of children) {
+        expect(() => process.kill(child, 0)).toThrow();
+      }
+      expect(readdirSync(temporary)).toEqual([]);
+    },
+  );
+
+  test("idle: at once", async () => {
+    const server = await start([files.endless]);
+    await allLines(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1)));
+    const started = performance.now();
+    await end(server);
+    expect(server.child.exitCode).toBe(0);
+    expect(performance.now() - started).toBeLessThan(1500);
+  });
+
+  test("a second Ctrl-C does not wait", async () => {
+    const server = await start([files.endless]);
+    const answer = linesOf(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1_000_000)));
+    await answer.next();
+    const started = performance.now();
+    server.child.kill("SIGINT");
+    await Bun.sleep(100);
+    server.child.kill("SIGINT");
+    expect(await server.child.exited).toBe(130);
+    expect(performance.now() - started).toBeLessThan(1500);
+    await answer.return(undefined).catch(() => {});
+  });
+
+  test("killed, its engine ends too", async () => {
+    const server = await start([files.endless]);
+    await allLines(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1)));
+    const children = childrenOf(server.facts.pid);
+    await end(server, "SIGKILL");
+    await until(
+      () =>
+        children.every((child) => {
+          try {
+            process.kill(child, 0);
+            return false;
+          } catch {
+            return true;
+          }
+        }),
+      () => `the engine runs on: ${children}`,
+      10,
+    );
+  });
+});

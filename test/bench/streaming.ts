@@ -1,0 +1,230 @@
+// Streaming against its bars (test/bench/NOTES.md):
+//   bun test/bench/streaming.ts moe FILE [--runs N]      FILE from `bun test/fixtures/make.ts moe-6g FILE`
+//   bun test/bench/streaming.ts dense FILE [--runs N]    FILE from `bun test/fixtures/make.ts dense-6g FILE`
+// hypura in a control group of 2 GB beside the same kernels with the whole model in memory, asked in turns, medians; and
+// stock behaviour (mapped file, dropped from the page cache first) in the same group, for as many tokens as patience has.
+
+import { availableParallelism } from "node:os";
+import { planOf } from "../../src/api";
+import { openModelFile } from "../../src/modelfile";
+import type { Plan, SlotClass } from "../../src/plan";
+import { bandwidthText, bytesText, durationText } from "../../src/text";
+import { median } from "./measure";
+import { canLimit, type Figures, openSubject, type Subject } from "./subject";
+
+const groupBytes = 2_147_483_648;
+const budgetBytes = 2_000_000_000;
+const [kind = "", path = ""] = process.argv.slice(2);
+const runs = Number(/--runs[ =](\d+)/.exec(process.argv.join(" "))?.[1] ?? 5);
+const threads = availableParallelism();
+const only = /--only[ =](\S+)/.exec(process.argv.join(" "))?.[1];
+
+function planWith(mode: "resident" | "stream", memoryBytes: number | null): Plan {
+  const limits = { contextTokens: 1024, slotCount: 1, threads, memoryBytes, mode };
+  return planOf(openModelFile(path), limits);
+}
+
+function withClasses(plan: Plan, change: (one: SlotClass) => SlotClass): Plan {
+  return plan.streaming === null
+    ? plan
+    : { ...plan, streaming: { ...plan.streaming, classes: plan.streaming.classes.map(change) } };
+}
+
+function say(what: string, measured: string): void {
+  console.log(`${what}: ${measured}`);
+}
+
+function ratioText(values: readonly number[]): string {
+  const sorted = [...values].sort((a, b) => a - b);
+  return `${median(values).toFixed(3)} (${sorted[0]?.toFixed(3)} to ${sorted.at(-1)?.toFixed(3)}, ${values.length} pairs)`;
+}
+
+interface Pair {
+  readonly one: Figures;
+  readonly other: Figures;
+}
+
+/** Asks both the same question, in the order A B, B A, ... */
+async function inTurns(
+  one: Subject,
+  other: Subject,
+  promptTokens: number,
+  tokens: number,
+): Promise<readonly Pair[]> {
+  const pairs: Pair[] = [];
+  for (let run = 0; run < runs; run++) {
+    const question = { promptTokens, tokens, seed: run + 1 };
+    if (run % 2 === 0) {
+      const first = await one.ask(question);
+      pairs.push({ one: first, other: await other.ask(question) });
+    } else {
+      const first = await other.ask(question);
+      pairs.push({ one: await one.ask(question), other: first });
+    }
+  }
+  return pairs;
+}
+
+function decodeRatio(pairs: readonly Pair[]): string {
+  const speeds = (of: "one" | "other"): string =>
+    median(pairs.map((pair) => pair[of].decodeTokensPerSecond)).toFixed(2);
+  const ratios = pairs.map(({ one, other }) => one.decodeTokensPerSecond / other.decodeTokensPerSecond);
+  return `${speeds("one")} and ${speeds("other")} tok/s, ratio ${ratioText(ratios)}`;
+}
+
+function tellProcess(subject: Subject, plan: Plan, last: Figures): void {
+  const planned = Object.values(plan.memory).reduce((sum: number, bytes: number) => sum + bytes, 0);
+  const inGroup = subject.groupFigures();
+  say("opening", durationText(subject.openSeconds));
+  say(
+    "peak resident memory",
+    `${bytesText(last.peakBytes)} of ${bytesText(planned)} planned (${(last.peakBytes / planned).toFixed(3)})`,
+  );
+  if (inGroup !== null) {
+    say(
+      "group",
+      `limit hit ${inGroup.limitHits} times, peak ${bytesText(inGroup.peakBytes)} of ${bytesText(groupBytes)}`,
+    );
+  }
+  say("written to disk by the kernel's count", `${last.writtenBytes} bytes`);
+}
+
+async function stock(tokens: number): Promise<number> {
+  const plan: Plan = { ...planWith("resident", null), repack: false, loadMode: "mmap" };
+  dropCached(path);
+  await using subject = await openSubject("stock", plan, groupBytes);
+  const { decodeTokensPerSecond } = await subject.ask({ promptTokens: 2, tokens, seed: 1 });
+  say("stock behaviour, mapped file, same group, cold", `${decodeTokensPerSecond.toFixed(3)} tok/s`);
+  return decodeTokensPerSecond;
+}
+
+/** GNU dd gives a file's pages back with this pair of flags. */
+function dropCached(file: string): void {
+  Bun.spawnSync(["dd", `if=${file}`, "iflag=nocache", "count=0"], { stderr: "ignore" });
+}
+
+function streamedBytes(plan: Plan): number {
+  return plan.tensors.reduce((sum, { tier, sizeBytes }) => sum + (tier === "nvme" ? sizeBytes : 0), 0);
+}
+
+async function moe(): Promise<void> {
+  const residentPlan: Plan = { ...planWith("resident", null), repack: false, loadMode: "read" };
+  const plan = planWith("stream", budgetBytes);
+  const perToken = plan.streaming?.touchedBytesPerToken ?? 0;
+  {
+    await using resident = await openSubject("resident", residentPlan, null);
+    if (only === undefined || only === "group") {
+      await using streamed = await openSubject("streamed", plan, groupBytes);
+      await streamed.ask({ promptTokens: 16, tokens: 150, seed: 99 }); // the pool knows the router
+      const pairs = await inTurns(streamed, resident, 16, 100);
+      say("decode in the group, and in memory without a limit", decodeRatio(pairs));
+      const decode = pairs.map(({ one }) => one.decode).filter((one) => one !== null);
+      const asked = decode.map((one) => one.hits / (one.hits + one.lateHits + one.misses));
+      say("hits", `${(100 * median(asked)).toFixed(1)} %`);
+      say("read a token", bytesText(median(decode.map((one) => one.readBytes / 99))));
+      // What overlap cannot hide: the resident time of a token, or the time of its reads where that is longer.
+      const bounds = pairs.map(({ one, other }) => {
+        const read = one.decode === null ? 0 : one.decode.readingNs / 1e9 / 99;
+        return Math.max(1 / other.decodeTokensPerSecond, read) * one.decodeTokensPerSecond;
+      });
+      say("of max(resident compute, reads) as one sum", ratioText(bounds));
+      tellProcess(streamed, plan, pairs.at(-1)?.one as Figures);
+    }
+    if (only === undefined || only === "all") {
+      const all = planWith("stream", null);
+      await using streamed = await openSubject("all in the pool", all, null);
+      for (let seed = 50; seed < 54; seed++) {
+        await streamed.ask({ promptTokens: 300, tokens: 150, seed });
+      }
+      const decode = await inTurns(streamed, resident, 16, 100);
+      say("all strides in the pool, warm, decode", decodeRatio(decode));
+      const prefill = await inTurns(streamed, resident, 512, 2);
+      const ratios = prefill.map(({ one, other }) => other.promptSeconds / one.promptSeconds);
+      say("all strides in the pool, warm, prefill of 512, speed ratio", ratioText(ratios));
+    }
+  }
+  if (only === undefined || only === "off") {
+    const off = withClasses(plan, (one) => ({
+      ...one,
+      slotCount: Math.min(one.slotCount, 2 * one.policy.guardRingSlots),
+      policy: { ...one.policy, kind: "lru", workingSetStrides: 0, guardRingSlots: 1 },
+    }));
+    await using streamed = await openSubject("cache off", off, groupBytes);
+    const figures: Figures[] = [];
+    for (let run = 0; run < runs; run++) {
+      figures.push(await streamed.ask({ promptTokens: 2, tokens: 30, seed: run }));
+    }
+    const rates = figures.map(
+      ({ decode, decodeTokensPerSecond }) => ((decode?.readBytes ?? 0) / 29) * decodeTokensPerSecond,
+    );
+    const disk = figures.map(({ decode }) => (decode?.readBytes ?? 0) / ((decode?.readingNs ?? 1) / 1e9));
+    say(
+      "no neuron cache",
+      `${median(figures.map((one) => one.decodeTokensPerSecond)).toFixed(2)} tok/s, ${bytesText(perToken)} touched a token`,
+    );
+    say(
+      "no neuron cache, bytes a second of all time",
+      `${bandwidthText(median(rates))}, while reading ${bandwidthText(median(disk))}, ratio ${ratioText(rates.map((rate, i) => rate / (disk[i] ?? 1)))}`,
+    );
+  }
+  if (only === undefined || only === "prefill") {
+    await using streamed = await openSubject("prefill", plan, groupBytes);
+    const { prompt } = await streamed.ask({ promptTokens: 512, tokens: 2, seed: 1 });
+    say(
+      "prefill of 512, cold",
+      `read ${bytesText(prompt?.readBytes ?? 0)} of ${bytesText(streamedBytes(plan))} streamed, ratio ${((prompt?.readBytes ?? 0) / streamedBytes(plan)).toFixed(4)}, passes ${prompt?.passes}`,
+    );
+  }
+  if (only === undefined || only === "stock") {
+    await stock(12);
+  }
+}
+
+async function dense(): Promise<void> {
+  const plan = planWith("stream", budgetBytes);
+  if (only === undefined || only === "group") {
+    await using streamed = await openSubject("streamed", plan, groupBytes);
+    const figures: Figures[] = [];
+    for (let run = 0; run < runs; run++) {
+      figures.push(await streamed.ask({ promptTokens: 2, tokens: 9, seed: run }));
+    }
+    const rates = figures.map(
+      ({ decode, decodeTokensPerSecond }) => ((decode?.readBytes ?? 0) / 8) * decodeTokensPerSecond,
+    );
+    say(
+      "decode",
+      `${median(figures.map((one) => one.decodeTokensPerSecond)).toFixed(3)} tok/s, ${bandwidthText(median(rates))} of all time`,
+    );
+    const one: number[] = [];
+    const eight: number[] = [];
+    for (let run = 0; run < runs; run++) {
+      one.push((await streamed.ask({ promptTokens: 1, tokens: 1, seed: run })).promptSeconds);
+      eight.push((await streamed.ask({ promptTokens: 8, tokens: 1, seed: run })).promptSeconds);
+    }
+    say(
+      "a pass of 8 tokens against one of 1",
+      `${durationText(median(eight))} and ${durationText(median(one))}, ratio ${ratioText(eight.map((seconds, i) => seconds / (one[i] ?? 1)))}`,
+    );
+    const last = await streamed.ask({ promptTokens: 512, tokens: 2, seed: 1 });
+    say(
+      "prefill of 512",
+      `read ${bytesText(last.prompt?.readBytes ?? 0)} in ${last.prompt?.passes} passes of ${bytesText(plan.streaming?.touchedBytesPerToken ?? 0)} touched, ${durationText(last.promptSeconds)}`,
+    );
+    tellProcess(streamed, plan, last);
+  }
+  if (only === undefined || only === "stock") {
+    await stock(4);
+  }
+}
+
+if (!canLimit()) {
+  console.log(
+    "SKIPPED: this machine allows no memory control group (version 1), and without one nothing is proved",
+  );
+} else if (kind === "moe") {
+  await moe();
+} else if (kind === "dense") {
+  await dense();
+} else {
+  throw new Error("say moe FILE or dense FILE");
+}

@@ -1,0 +1,148 @@
+// The tasks of native code as TypeScript starts them: what each answers, on next to no time, and what it refuses.
+
+import { expect, test } from "bun:test";
+import { existsSync, mkdtempSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { type EngineChunk, runTask } from "../../src/engine";
+import { HypuraError } from "../../src/errors";
+
+async function answers(name: string, body: object): Promise<readonly EngineChunk[]> {
+  return Array.fromAsync(runTask(name, body));
+}
+
+function inScratch<Result>(work: (folder: string) => Promise<Result>): Promise<Result> {
+  const folder = mkdtempSync(join(tmpdir(), "hypura-tasks-"));
+  return work(folder).finally(() => rmSync(folder, { recursive: true, force: true }));
+}
+
+const smallProducts = {
+  threads: 2,
+  pollPercent: 0,
+  weightBytes: 2_097_152,
+  tensorBytes: 524_288,
+  rowElements: 1024,
+  batchTokens: 32,
+  batchRows: 64,
+  durationNs: 0,
+};
+
+test("devices: the processor is one, and no streaming device", async () => {
+  const [chunk] = await answers("devices", {});
+  const devices =
+    (chunk?.data as { devices?: readonly Record<string, unknown>[] } | undefined)?.devices ?? [];
+  const processor = devices.find((one) => one["type"] === "cpu");
+  expect(processor).toMatchObject({ name: "CPU", isUnified: true });
+  expect(processor?.["totalBytes"]).toBeGreaterThan(1e8);
+  expect(devices.map((one) => one["name"])).not.toContain("Streamed");
+});
+
+test("copy: at least one pass", async () => {
+  const [chunk] = await answers("copy", { threads: 2, bufferBytes: 8_388_608, durationNs: 0 });
+  expect(chunk?.data).toEqual({ bytes: 8_388_608, ns: expect.any(Number) });
+});
+
+test("products: every type of weights that there is, in the order that was asked", async () => {
+  const types =
+    "f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_K q3_K q4_K q5_K q6_K iq1_s iq2_xxs iq4_nl iq4_xs mxfp4".split(
+      " ",
+    );
+  const chunks = await answers("products", { ...smallProducts, types });
+  expect(chunks.map(({ name, data }) => [name, (data as { typeName: string }).typeName])).toEqual(
+    types.map((type) => ["product", type]),
+  );
+  for (const { data } of chunks) {
+    const { decodeBytes, decodeNs, decodePasses, prefillFlops, prefillNs } = data as Record<string, number>;
+    expect(decodeBytes).toBeGreaterThan(1_500_000);
+    expect(decodeBytes).toBeLessThanOrEqual(smallProducts.weightBytes);
+    expect([decodePasses, prefillFlops]).toEqual([1, 2 * 1024 * 64 * 32]);
+    expect(Math.min(decodeNs as number, prefillNs as number)).toBeGreaterThan(0);
+  }
+});
+
+test("scratch and reads: what was written is read, every place once", () =>
+  inScratch(async (folder) => {
+    const path = join(folder, "file");
+    const [written] = await answers("scratch", {
+      path,
+      sizeBytes: 8_388_608,
+      chunkBytes: 1_048_576,
+      durationNs: 60e9,
+    });
+    expect(written?.data).toEqual({ bytes: 8_388_608, direct: expect.any(Boolean) });
+    expect(statSync(path).size).toBe(8_388_608);
+    const cell = { readBytes: 65_536, skewBytes: 0, depth: 4, direct: true, durationNs: 60e9, seed: 1 };
+    const body = {
+      ...{
+        files: [{ path, sizeBytes: 8_388_608 }],
+        hugePages: true,
+        retryCount: 8,
+        retryWaitNs: 1e6,
+        pollNs: 1e5,
+      },
+      cells: [cell, { ...cell, direct: false, skewBytes: 100, depth: 1 }],
+    };
+    const cells = await answers("reads", body);
+    expect(cells.map(({ data }) => data)).toMatchObject([
+      { readCount: 128, bytes: 8_388_608, isExhausted: true },
+      { readCount: 127, bytes: 127 * 65_536, isExhausted: true, direct: false },
+    ]);
+    expect(runTask("reads", { ...body, files: [{ path, sizeBytes: 5 }] }).next()).rejects.toThrow(
+      "the plan was made for 5",
+    );
+  }));
+
+test.each([
+  ["no such task", "flight", {}],
+  ["no field", "copy", {}],
+  ["a count of none", "copy", { threads: 0, bufferBytes: 4096, durationNs: 1 }],
+  ["a negative time", "copy", { threads: 1, bufferBytes: 4096, durationNs: -1 }],
+  ["a fraction", "copy", { threads: 1.5, bufferBytes: 4096, durationNs: 1 }],
+  ["a type that ggml has not", "products", { ...smallProducts, types: ["q4_9"] }],
+  ["a type that weights have not", "products", { ...smallProducts, types: ["i32"] }],
+  ["a type for activations", "products", { ...smallProducts, types: ["q8_K"] }],
+  ["no types", "products", { ...smallProducts, types: [] }],
+  [
+    "no files",
+    "reads",
+    { files: [], hugePages: true, retryCount: 8, retryWaitNs: 1, pollNs: 1, cells: [{}] },
+  ],
+  ["chunks that are no pages", "scratch", { path: "x", sizeBytes: 10_000, chunkBytes: 5000, durationNs: 1 }],
+])("%s is refused before there is a descriptor", (_, name, body) => {
+  expect(() => runTask(name, body)).toThrow(HypuraError);
+  expect(existsSync("x")).toBe(false);
+});
+
+test("a failure is one sentence", () =>
+  inScratch(async (folder) => {
+    const path = join(folder, "there");
+    writeFileSync(path, "before");
+    const body = { path, sizeBytes: 65_536, chunkBytes: 4096, durationNs: 1e9 };
+    expect(answers("scratch", body)).rejects.toThrow(`cannot write ${path}: File exists`);
+    const fits = { ...smallProducts, types: ["f32"], batchRows: 10_000 };
+    expect(answers("products", fits)).rejects.toThrow("do not fit its memory");
+  }));
+
+test("is cancelled by its signal, and takes its scratch file along", () =>
+  inScratch(async (folder) => {
+    const stop = new AbortController();
+    const path = join(folder, "file");
+    const endless = { path, sizeBytes: 2 ** 40, chunkBytes: 65_536, durationNs: 600e9 };
+    const task = runTask("scratch", { ...endless, path: `${path}.2` }, stop.signal);
+    const cancelled = task.next();
+    const copy = runTask(
+      "copy",
+      { threads: 1, bufferBytes: 4_194_304, durationNs: 600e9 },
+      stop.signal,
+    ).next();
+    await Bun.sleep(50);
+    expect(existsSync(`${path}.2`)).toBe(true);
+    stop.abort();
+    for (const one of [cancelled, copy]) {
+      expect(await one.catch((error: HypuraError) => error.code)).toBe("cancelled");
+    }
+    for (let tries = 0; existsSync(`${path}.2`) && tries < 400; tries++) {
+      await Bun.sleep(25);
+    }
+    expect(existsSync(`${path}.2`)).toBe(false);
+  }));

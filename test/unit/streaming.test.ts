@@ -1,0 +1,93 @@
+// What streaming did, as figures: differences, sums by layer, and the honest line.
+
+import { describe, expect, test } from "bun:test";
+import type { Plan } from "../../src/plan";
+import {
+  countersSince,
+  layersOf,
+  layersText,
+  type StreamingCounters,
+  shareOf,
+  streamingText,
+} from "../../src/streaming";
+
+function counters(values: Partial<StreamingCounters>): StreamingCounters {
+  return {
+    poolBytes: 100,
+    passes: 0,
+    ops: 0,
+    delegateCalls: 0,
+    waves: 0,
+    gatheredProducts: 0,
+    hits: 0,
+    lateHits: 0,
+    misses: 0,
+    stallNs: 0,
+    readBytes: 0,
+    demandReads: 0,
+    prefetchReads: 0,
+    droppedPrefetches: 0,
+    unusedPrefetches: 0,
+    failedReads: 0,
+    evictions: 0,
+    kernelBytes: 0,
+    bounceBytes: 0,
+    readerBusyNs: 0,
+    fallbackFiles: 0,
+    resyncs: 0,
+    readingNs: 0,
+    tensors: [],
+    ...values,
+  };
+}
+
+const plan = {
+  tensors: ["token_embd.weight", "blk.0.ffn_up_exps.weight", "blk.1.ffn_up_exps.weight"].map((name) => ({
+    name,
+  })),
+  streaming: {
+    classes: [{ strideBytes: 1000 }],
+    tensors: [
+      { tensorIndex: 1, strideCount: 8, classIndex: 0 },
+      { tensorIndex: 2, strideCount: 8, classIndex: 0 },
+    ],
+  },
+} as unknown as Plan;
+
+describe("counters", () => {
+  test("a difference leaves the pool as it is and subtracts the rest, tensor by tensor", () => {
+    const before = counters({ hits: 3, readBytes: 10, tensors: [{ asked: 4, late: 1, stallNs: 5 }] });
+    const after = counters({ hits: 10, readBytes: 30, tensors: [{ asked: 9, late: 3, stallNs: 25 }] });
+    const since = countersSince(before, after);
+    expect(since).toMatchObject({ poolBytes: 100, hits: 7, readBytes: 20 });
+    expect(since.tensors).toEqual([{ asked: 5, late: 2, stallNs: 20 }]);
+  });
+
+  test("layers sum their tensors, and a row says what a token cost", () => {
+    const layers = layersOf(
+      counters({
+        tensors: [
+          { asked: 20, late: 5, stallNs: 2e6 },
+          { asked: 10, late: 0, stallNs: 0 },
+        ],
+      }),
+      plan,
+    );
+    expect(layers).toEqual([
+      { layer: 0, asked: 20, hitRate: 0.75, lateBytes: 5000, stallSeconds: 0.002 },
+      { layer: 1, asked: 10, hitRate: 1, lateBytes: 0, stallSeconds: 0 },
+    ]);
+    const rows = layersText(layers, 10).split("\n");
+    expect(rows[1]).toMatch(/0 +2\.0 +75\.0 % +500 B +200 us/);
+  });
+
+  test("the line gives the bound that the disk sets", () => {
+    const one = counters({ hits: 6, lateHits: 1, misses: 3, stallNs: 5e8, readBytes: 4e9, readingNs: 2e9 });
+    expect(shareOf(one)).toMatchObject({ hitRate: 0.6, lateHitRate: 0.1, missRate: 0.3 });
+    const text = streamingText(one, { tokens: 2, seconds: 4 }, 8e9);
+    expect(text).toContain("read 2.00 GB a token of 8.00 GB");
+    expect(text).toContain("75.0 % less");
+    expect(text).toContain("waited 12.5 % of the time");
+    expect(text).toContain("bound 1.00 tok/s at the 2.00 GB/s");
+  });
+});
