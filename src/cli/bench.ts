@@ -26,11 +26,12 @@ import { keepRecord, readRecords } from "../bench-records";
 import { runOrder } from "../bench-run";
 import { runTask } from "../engine";
 import { exitStatus, HypuraError } from "../errors";
+import { keepRun } from "../history";
 import { type Machine, readMachine } from "../machine";
 import { type MemoryGroup, makeMemoryGroup } from "../memory-group";
 import { type ModelFile, openModelFile, readMetadataArray } from "../modelfile";
-import type { Plan, PlanLimits } from "../plan";
-import { fingerprintOf } from "../profile";
+import { type Plan, type PlanLimits, runOf } from "../plan";
+import { fingerprintOf, loadMachine } from "../profile";
 import { findSource, measureStorage } from "../storage";
 import {
   bandwidthText,
@@ -153,6 +154,8 @@ interface Setting {
   readonly plans: Readonly<Record<Side, Plan | null>>;
   readonly volumeBytesPerSecond: number | null;
   readonly group: MemoryGroup | null;
+  /** With the profile that is kept for this machine, if there is one. */
+  readonly profiled: Machine;
 }
 
 async function bench(flags: Flags, file: ModelFile): Promise<void> {
@@ -178,6 +181,7 @@ async function bench(flags: Flags, file: ModelFile): Promise<void> {
         });
         records.push(record);
         keepRecord(record);
+        tellPlanner(setting, record);
         sayOutcome(record);
       }
     });
@@ -315,7 +319,29 @@ async function prepareSetting(flags: Flags, file: ModelFile, given: Preparation)
     plans,
     volumeBytesPerSecond: await measureVolume(file, signal),
     group,
+    profiled: await loadMachine({ folder: file.path, measure: "cached", signal }),
   };
+}
+
+/** A plan's estimate learns from what its plan really did; under a limit the machine is another one. */
+function tellPlanner(
+  { plans, file, group, profiled }: Setting,
+  { side, startedAt, outcome }: RunRecord,
+): void {
+  if (side !== "hypura" || group !== null || outcome.status !== "finished" || outcome.figures.isCutShort) {
+    return;
+  }
+  const { decodedTokens, decodeTokensPerSecond, reads } = outcome.figures;
+  const asked = reads.hits + reads.lateHits + reads.misses;
+  const run = runOf(plans.hypura as Plan, file, profiled, {
+    at: startedAt,
+    decodeTokens: decodedTokens,
+    decodeSeconds: decodedTokens / decodeTokensPerSecond.mean,
+    hitRate: asked === 0 ? null : reads.hits / asked,
+  });
+  if (run !== null) {
+    keepRun(run);
+  }
 }
 
 /** Pieces of this many bytes, at so many places of each file, stand for the weights. */

@@ -156,10 +156,13 @@ describe("bench", () => {
     );
     expect(JSON.parse(benched.stdout).records[0].plan.contextTokens).toBe(300);
     for (const [words, message] of [
-      [["run", dense, "--plan", plan, "--prompt", "a"], /plan of another model/],
+      [["run", dense, "--plan", plan, "--prompt", "a"], /made for another model/],
       [["run", moe, "--plan", moe, "--prompt", "a"], /is no JSON/],
-      [["run", moe, "--plan", join(folder, "none"), "--prompt", "a"], /there is no plan/],
-      [["run", moe, "--plan", plan, "--memory", "1G", "--prompt", "a"], /--memory too: leave out one/],
+      [["run", moe, "--plan", join(folder, "none"), "--prompt", "a"], /there is no plan file/],
+      [
+        ["run", moe, "--plan", plan, "--memory", "1G", "--prompt", "a"],
+        /--plan decides all that --memory would/,
+      ],
     ] as const) {
       const refused = await hypura(words);
       expect(refused.stderr).toMatch(message);
