@@ -58,6 +58,8 @@ struct PlanStreaming {
     bool huge_pages = false;
     uint32_t touch_threads = 0;
     uint64_t span_work_bytes = 0;
+    std::string trace_path; // a file for a routing trace; empty: none
+    std::string trace_header;
 };
 
 // What native needs of src/plan.ts's Plan, field by field. No field has a default that means anything: parse_plan
@@ -106,6 +108,9 @@ OpenPlan parse_plan(std::string_view json);
 // ggml's registry of devices has no lock, and llama.cpp walks it while it loads: one engine at a time, and whoever else
 // walks it.
 std::mutex & registry_mutex();
+
+// The policy that a plan calls so. Throws std::exception when there is none.
+PolicyKind policy_kind(const std::string & name);
 
 // Facts about the build as a JSON object.
 std::string build_info_json();
