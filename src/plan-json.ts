@@ -154,6 +154,7 @@ const plan = object({
   repack: flag,
   loadMode: oneOf("mmap", "direct", "read"),
   streaming: nullable(streaming),
+  slotFolder: nullable(text),
   memory: object({ ...memory, poolBytes: bytes, streamingBytes: bytes, processBytes: bytes }),
   gpuMemory: nullable(object(memory)),
   longestContextTokens: whole(0),

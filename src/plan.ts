@@ -176,6 +176,8 @@ export interface Plan {
   readonly streaming: Streaming | null;
   /** Null: one token a pass. */
   readonly speculation: Speculation | null;
+  /** Where the KV of slots may be kept (prefix-store.ts); null: inference writes nothing. */
+  readonly slotFolder: string | null;
   readonly memory: MemoryUse;
   /** Null where no GPU is used. */
   readonly gpuMemory: GpuMemoryUse | null;
@@ -591,6 +593,7 @@ function commonPart(task: Task, placement: Placement, { context, sides, ubatchTo
     decodeThreads: threads,
     prefillThreads: threads,
     speculation: null,
+    slotFolder: null,
     gpuLayers: placement.gpuLayers,
     kvTypeK: task.kvType,
     kvTypeV: task.kvType,
