@@ -43,7 +43,7 @@ async function* scripted(): AsyncGenerator<EngineChunk> {
   for (const data of script) {
     const { fail } = data as { readonly fail?: string };
     if (fail !== undefined) {
-      throw new RequestError(500, "server_error", fail);
+      throw new RequestError(500, "server_error", fail, { code: 500 });
     }
     yield { data };
   }
