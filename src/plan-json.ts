@@ -164,6 +164,7 @@ const plan = object({
       draftProbability: number,
     }),
   ),
+  slotFolder: nullable(text),
   memory: object({ ...memory, poolBytes: bytes, streamingBytes: bytes, processBytes: bytes }),
   gpuMemory: nullable(object(memory)),
   longestContextTokens: whole(0),

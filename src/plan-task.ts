@@ -257,6 +257,7 @@ export function commonPart(task: Task, placement: Placement, { context, sides, u
     kvTypeK: task.kvType,
     kvTypeV: task.kvType,
     embeddings: limits.embeddings === true,
+    slotFolder: null,
     memory: sides.ram,
     gpuMemory: placement.gpuLayers === 0 ? null : sides.gpu,
     longestContextTokens: longestContext(task, placement, ubatchTokens),

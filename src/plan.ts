@@ -151,6 +151,8 @@ export interface Plan {
   readonly streaming: Streaming | null;
   /** Null: one token a pass. */
   readonly speculation: Speculation | null;
+  /** Where the KV of slots may be kept (prefix-store.ts); null: inference writes nothing. */
+  readonly slotFolder: string | null;
   readonly memory: MemoryUse;
   /** Null where no GPU is used. */
   readonly gpuMemory: GpuMemoryUse | null;

@@ -198,6 +198,15 @@ OpenPlan parse_plan(std::string_view text) {
     if (!json.at("speculation").is_null()) {
         plan.speculation = parse_speculation(json.at("speculation"));
     }
+    if (!json.at("slotFolder").is_null()) {
+        plan.slot_folder = json.at("slotFolder").get<std::string>();
+        if (plan.slot_folder.empty() || plan.slot_folder.front() != '/') {
+            throw std::runtime_error("the folder for slots is no absolute path");
+        }
+        if (plan.slot_folder.back() != '/') {
+            plan.slot_folder += '/'; // the core puts the file's name right behind it
+        }
+    }
     // Every slot's token and what is guessed after it go into one batch.
     const uint64_t verified = plan.slot_count * (1ull + plan.speculation.max_tokens);
     // The core asserts on these; a plan that breaks them is refused instead. It tries the context with two tokens
@@ -458,6 +467,7 @@ common_params params_of(const OpenPlan & plan) {
     if (plan.speculation.max_tokens > 0) {
         set_speculation(p, plan.speculation);
     }
+    p.slot_save_path = plan.slot_folder; // the core refuses to save and restore where it is empty
     // The rest is the contract, not policy: nothing the core does on its own may allocate, sleep, fetch or guess.
     p.fit_params = false;
     p.warmup = false;
