@@ -8,6 +8,7 @@
  *   hy_open(plan)  -> an engine id and its descriptor. Loading runs on a thread of the engine's own. Events:
  *       {"event":"progress","value":0.42}            fraction of the resident bytes that are loaded
  *       {"event":"log","level":"warn","text":"..."}   what llama.cpp had to say (info, warn, error)
+ *       {"event":"warning","text":"..."}             what a person should know and nothing fails for
  *       {"event":"ready","info":{...}}               requests are taken from here on; see engine.cpp, ready_info
  *       {"event":"error","code":"...","message":"..."} loading failed; "closed" follows
  *       {"event":"fatal","message":"..."}            native code asserted; the engine answers nothing more,

@@ -13,7 +13,14 @@
 
 import { closeSync, writeSync } from "node:fs";
 import { join } from "node:path";
-import { type Engine, type EngineTransport, engineOver, type OpenOptions, openNative } from "./engine";
+import {
+  type Engine,
+  type EngineTransport,
+  engineOver,
+  type OpenOptions,
+  openNative,
+  planJson,
+} from "./engine";
 import { HypuraError } from "./errors";
 import { type EventLines, type LineSource, LineSplitter } from "./event-lines";
 import type { Plan } from "./plan";
@@ -48,7 +55,7 @@ export interface ChildEngine extends Engine {
 
 /** Loads the model that the plan describes in a child of this program. Throws HypuraError when that fails. */
 export async function openChildEngine(plan: Plan, options: ChildOptions = {}): Promise<ChildEngine> {
-  const child = new ChildTransport(JSON.stringify(plan), options);
+  const child = new ChildTransport(planJson(plan, options), options);
   const engine = await engineOver(child, plan, options);
   return { ...engine, processId: child.processId };
 }

@@ -60,6 +60,10 @@ export interface OpenOptions {
   readonly onProgress?: (fraction: number) => void;
   /** llama.cpp's warnings and errors. */
   readonly onLog?: (level: "warn" | "error", text: string) => void;
+  /** What a person should know and nothing fails for: a trace that ended early. */
+  readonly onWarning?: (text: string) => void;
+  /** Writes a routing trace while the engine lives; `header` is JSON (trace.ts). Of a plan that streams. */
+  readonly trace?: { readonly path: string; readonly header: string };
 }
 
 export interface Engine extends AsyncDisposable {
@@ -82,6 +86,7 @@ export interface Engine extends AsyncDisposable {
 type OpenEvent =
   | { readonly event: "progress"; readonly value: number }
   | { readonly event: "log"; readonly level: "warn" | "error"; readonly text: string }
+  | { readonly event: "warning"; readonly text: string }
   | { readonly event: "ready"; readonly info: EngineInfo }
   | { readonly event: "error"; readonly code: ErrorCode; readonly message: string }
   | { readonly event: "fatal"; readonly message: string }
@@ -111,13 +116,13 @@ export interface EngineTransport<Lines extends LineSource = LineSource> {
 
 /** Loads the model that the plan describes. Throws HypuraError when that fails. */
 export async function openEngine(plan: Plan, options: OpenOptions = {}): Promise<Engine> {
-  return engineOver(openNative(JSON.stringify(plan)), plan, options);
+  return engineOver(openNative(planJson(plan, options)), plan, options);
 }
 
 /** The engine of this process, line by line. */
-export function openNative(planJson: string): EngineTransport<EventLines> {
+export function openNative(json: string): EngineTransport<EventLines> {
   const native = nativeLibrary();
-  const { engine, fd } = native.open(planJson);
+  const { engine, fd } = native.open(json);
   return {
     lines: new EventLines(fd),
     request: (route, bodyJson) => new EventLines(native.request(engine, route, bodyJson)),
@@ -167,6 +172,17 @@ export function runTask(
   }
   const fd = nativeLibrary().task(name, JSON.stringify(body));
   return new RequestChunks(new EventLines(fd), signal, () => {});
+}
+
+/** What native code is given: the plan, and where its trace goes. */
+export function planJson(plan: Plan, { trace }: OpenOptions): string {
+  if (trace === undefined) {
+    return JSON.stringify(plan);
+  }
+  if (plan.streaming === null) {
+    throw new HypuraError("internal", "a plan without streaming was asked for a trace");
+  }
+  return JSON.stringify({ ...plan, streaming: { ...plan.streaming, trace } });
 }
 
 /** llama.cpp names the cause in its own words, function names first. */
@@ -227,6 +243,9 @@ class EngineLife {
           break;
         case "log":
           options.onLog?.(event.level, event.text);
+          break;
+        case "warning":
+          options.onWarning?.(event.text);
           break;
         case "ready":
           resolve(event.info);

@@ -38,6 +38,9 @@ export interface Timings {
   readonly promptSeconds: number;
   readonly generatedTokens: number;
   readonly generatedSeconds: number;
+  /** Tokens that were guessed, and those of them that were right. */
+  readonly draftedTokens: number;
+  readonly acceptedTokens: number;
 }
 
 export interface Answer {
@@ -148,6 +151,8 @@ const noTimings: Timings = {
   promptSeconds: 0,
   generatedTokens: 0,
   generatedSeconds: 0,
+  draftedTokens: 0,
+  acceptedTokens: 0,
 };
 
 /** The answer of `generate`, without looking at its pieces. */
@@ -186,6 +191,8 @@ interface CoreTimings {
   readonly prompt_ms: number;
   readonly predicted_n: number;
   readonly predicted_ms: number;
+  readonly draft_n?: number;
+  readonly draft_n_accepted?: number;
 }
 
 interface ChatChunk {
@@ -232,5 +239,7 @@ function toTimings(core: CoreTimings): Timings {
     promptSeconds: core.prompt_ms / 1e3,
     generatedTokens: core.predicted_n,
     generatedSeconds: core.predicted_ms / 1e3,
+    draftedTokens: core.draft_n ?? 0,
+    acceptedTokens: core.draft_n_accepted ?? 0,
   };
 }

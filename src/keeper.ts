@@ -424,7 +424,7 @@ class EngineLease<Kept extends KeptModel> implements Lease<Kept> {
         return;
       } catch (error) {
         if (begun || !isFirst || !isFailedPass(error)) {
-          throw error;
+          throw refusalOf(error);
         }
         this.#hooks.onRetry(error);
       } finally {
@@ -449,7 +449,14 @@ class EngineLease<Kept extends KeptModel> implements Lease<Kept> {
   }
 }
 
-/** A read that failed costs every request of its pass, the innocent too. */
+/** A read that failed costs every request of its pass, the innocent too. The core numbers such errors. */
 function isFailedPass(error: unknown): error is RequestError {
-  return error instanceof RequestError && error.status === 500 && error.type === "server_error";
+  return error instanceof RequestError && error.status === 500 && error.details["code"] === 500;
+}
+
+/** What the core throws at a request that it cannot read has no number: native code knows no better than 500. */
+function refusalOf(error: unknown): unknown {
+  const isThrown =
+    error instanceof RequestError && error.status === 500 && error.details["code"] === undefined;
+  return isThrown ? new RequestError(400, "invalid_request_error", error.message) : error;
 }

@@ -150,7 +150,7 @@ function toModel(found: Found, options: LibraryOptions): LibraryModel {
       model: file.model,
       fim,
       hasProjector: false,
-      canEmbed: !file.model.generatesText,
+      canEmbed: isForEmbedding(file),
     }),
     contextTokens,
     trainedContextTokens: file.model.trainedContextTokens || contextTokens,
@@ -165,6 +165,11 @@ function toModel(found: Found, options: LibraryOptions): LibraryModel {
     plan: () => planToServe(name, file, { ...options.limits, contextTokens }),
     readArray: (key) => readMetadataArray(file, key),
   };
+}
+
+/** Its file says how vectors of tokens become one, or it generates nothing. */
+function isForEmbedding({ gguf, model }: ModelFile): boolean {
+  return gguf.metadata.has(`${model.architecture}.pooling_type`) || !model.generatesText;
 }
 
 function givenName(text: string): string {
@@ -230,6 +235,9 @@ export function planToServe(
       throw error;
     }
   };
+  if (isForEmbedding(file)) {
+    return makePlan(subject, machine, { ...limits, mode: "resident", embeddings: true });
+  }
   if (limits.contextTokens !== null) {
     return planOrThrow(attempt(limits.contextTokens, limits.mode));
   }

@@ -9,6 +9,8 @@ import { print, stderr, tell } from "./cli/terminal";
 import { type ErrorCode, exitStatus, HypuraError } from "./errors";
 import { nearest, oneLine } from "./text";
 
+/** The hidden command of a benchmark's child (bench-run.ts). */
+const benchRunCommand = "__bench-run";
 /** What `serve` starts its engines with (child.ts); no command of a person's, so it is in no list. */
 const engineCommand = "__engine";
 
@@ -38,9 +40,17 @@ const commands: Readonly<Record<string, Entry>> = {
     summary: "Measure this machine: processor, memory, devices, storage",
     load: async () => (await import("./cli/profile")).profileCommand,
   },
+  bench: {
+    summary: "Measure a model's speed, beside stock llama.cpp if asked to",
+    load: async () => (await import("./cli/bench")).benchCommand,
+  },
   iobench: {
     summary: "Measure how fast a volume gives bytes, by read size and depth",
     load: async () => (await import("./cli/iobench")).iobenchCommand,
+  },
+  replay: {
+    summary: "Replay a routing trace through the cache policies",
+    load: async () => (await import("./cli/replay")).replayCommand,
   },
   version: {
     summary: "Show the version of hypura and of llama.cpp in it",
@@ -87,6 +97,11 @@ async function run(argv: readonly string[]): Promise<number> {
 
 async function dispatch(argv: readonly string[]): Promise<void> {
   const [first, ...rest] = argv;
+  if (first === benchRunCommand) {
+    const { obeyRunOrder } = await import("./bench-run");
+    await obeyRunOrder(print);
+    return;
+  }
   if (first === undefined || first === "help" || first === "--help" || first === "-h") {
     await print(`${await helpPage(rest.find((word) => !word.startsWith("-")))}\n`);
     return;

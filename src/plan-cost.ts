@@ -175,7 +175,7 @@ export interface CostFacts {
 }
 
 /** Bytes of weights that one token of decoding takes from each tier. */
-export interface TokenBytes {
+interface TokenBytes {
   readonly touched: number;
   readonly gpu: number;
   readonly ram: number;
@@ -195,7 +195,7 @@ function heldShare(one: PlacedClass, curve: HitCurve): number {
     : hitRateAt(curve, one.slotCount / one.strideCount);
 }
 
-export interface TokenUse extends TokenBytes {
+interface TokenUse extends TokenBytes {
   /** Of the streamed strides that a token touches; null where nothing streams. */
   readonly hitRate: number | null;
 }

@@ -54,7 +54,7 @@ export interface ReaderShape {
 }
 
 /** The first block on a GPU (i_gpu_start of load_tensors in src/llama-model.cpp). */
-export function firstGpuLayer(model: Model, gpuLayers: number): number {
+function firstGpuLayer(model: Model, gpuLayers: number): number {
   const all = model.layerCount + model.mtpLayerCount;
   return gpuLayers === 0 ? all : Math.max(0, all + 1 - gpuLayers);
 }

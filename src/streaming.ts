@@ -129,7 +129,12 @@ export function shareOf(counters: StreamingCounters): StreamingShare {
  */
 export function streamingText(
   counters: StreamingCounters,
-  generated: { readonly tokens: number; readonly seconds: number },
+  generated: {
+    readonly tokens: number;
+    readonly seconds: number;
+    readonly drafted: number;
+    readonly accepted: number;
+  },
   touchedBytes: number,
 ): string {
   const share = shareOf(counters);
@@ -144,6 +149,14 @@ export function streamingText(
   if (perToken > 0) {
     const bound = rateText(share.readBytesPerSecond / perToken);
     parts.push(`bound ${bound} at the ${bandwidthText(share.readBytesPerSecond)} that the disk gave`);
+  }
+  if (generated.drafted > 0) {
+    const passes = Math.max(1, counters.passes);
+    const alone = rateText(share.readBytesPerSecond / (counters.readBytes / passes));
+    parts.push(
+      `${generated.accepted} of ${generated.drafted} guesses right in ${passes} passes, ${(tokens / passes).toFixed(2)} tokens a pass` +
+        (perToken > 0 ? `, bound without guesses ${alone}` : ""),
+    );
   }
   return parts.join(", ");
 }

@@ -118,6 +118,13 @@ bool StreamState::open(std::string * sentence) {
     if (!stream.open(spec.stream, wrapped_source ? wrapped_source.get() : &source, pool, sentence)) {
         return false;
     }
+    if (!spec.trace.path.empty()) {
+        spec.trace.stride_count = static_cast<uint32_t>(spec.stream.strides.size());
+        if (!trace.open(spec.trace, sentence)) {
+            return false;
+        }
+        stream.trace_to(&trace);
+    }
     weights = std::make_unique<Weight[]>(spec.tensors.size());
     for (uint32_t i = 0; i < spec.tensors.size(); ++i) {
         weights[i].spec = &spec.tensors[i];
@@ -426,6 +433,7 @@ std::unique_ptr<StreamDevice> StreamDevice::open(StreamingSpec spec, DelegateFac
 
 StreamDevice::~StreamDevice() {
     impl_->stream.close();
+    impl_->trace.close();
 }
 
 void StreamDevice::hide() {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "stream.h"
+#include "trace.h"
 
 #include "ggml-backend.h"
 
@@ -41,6 +42,7 @@ struct StreamingSpec {
     // Work memory of one product over several slots grows with (slots spanned) x (token, expert) pairs; above this
     // many bytes the experts are computed one by one.
     uint64_t span_work_bytes = 0;
+    TraceWriter::Options trace; // no path: nothing is traced
 };
 
 // What computes. The pool lies in `pool_buffer_type`, which is the delegate's own.

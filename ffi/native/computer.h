@@ -84,6 +84,7 @@ struct StreamState {
     DelegatePool delegate_pool;
     bool pool_is_host = true;
     ggml_backend_buffer_ptr host_buffer; // the host pool as a buffer, so that shadow weights have one
+    TraceWriter trace; // before the stream, which writes into it to its end
     Stream stream;
     std::vector<std::string> patterns;
 

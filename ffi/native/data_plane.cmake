@@ -11,6 +11,8 @@ add_library(hypura_data STATIC
     ${CMAKE_CURRENT_LIST_DIR}/reader.cpp
     ${CMAKE_CURRENT_LIST_DIR}/neuron_cache.cpp
     ${CMAKE_CURRENT_LIST_DIR}/stream.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/trace.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/replay.cpp
     ${CMAKE_CURRENT_LIST_DIR}/measure.cpp
     ${HYPURA_PLATFORM_SOURCE})
 target_include_directories(hypura_data PUBLIC ${CMAKE_CURRENT_LIST_DIR})

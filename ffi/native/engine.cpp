@@ -74,22 +74,6 @@ ggml_type kv_type(const std::string & name) {
     throw std::runtime_error("unknown KV type " + name);
 }
 
-PolicyKind policy_kind(const std::string & name) {
-    if (name == "lru") {
-        return PolicyKind::kLru;
-    }
-    if (name == "lfu-decay") {
-        return PolicyKind::kLfuDecay;
-    }
-    if (name == "least-stale") {
-        return PolicyKind::kLeastStale;
-    }
-    if (name == "pinned-cyclic") {
-        return PolicyKind::kPinnedCyclic;
-    }
-    throw std::runtime_error("unknown cache policy " + name);
-}
-
 PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     PlanStreaming s;
     const common_json & tensors = json.at("tensors");
@@ -140,6 +124,10 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     s.huge_pages = json.at("hugePages").get<bool>();
     s.touch_threads = u32(json, "touchThreads");
     s.span_work_bytes = u64(json, "spanWorkBytes");
+    if (json.contains("trace")) {
+        s.trace_path = json.at("trace").at("path").get<std::string>();
+        s.trace_header = json.at("trace").at("header").get<std::string>();
+    }
     return s;
 }
 
@@ -158,6 +146,22 @@ PlanSpeculation parse_speculation(const common_json & json) {
 }
 
 } // namespace
+
+PolicyKind policy_kind(const std::string & name) {
+    if (name == "lru") {
+        return PolicyKind::kLru;
+    }
+    if (name == "lfu-decay") {
+        return PolicyKind::kLfuDecay;
+    }
+    if (name == "least-stale") {
+        return PolicyKind::kLeastStale;
+    }
+    if (name == "pinned-cyclic") {
+        return PolicyKind::kPinnedCyclic;
+    }
+    throw std::runtime_error("unknown cache policy " + name);
+}
 
 OpenPlan parse_plan(std::string_view text) {
     const common_json json = common_json::parse(std::string(text));
@@ -185,6 +189,7 @@ OpenPlan parse_plan(std::string_view text) {
     plan.kv_type_v = json.at("kvTypeV").get<std::string>();
     kv_type(plan.kv_type_k);
     kv_type(plan.kv_type_v);
+    plan.embeddings = json.at("embeddings").get<bool>();
     plan.repack = json.at("repack").get<bool>();
     plan.load_mode = load_mode(json.at("loadMode").get<std::string>());
     if (!json.at("streaming").is_null()) {
@@ -192,6 +197,15 @@ OpenPlan parse_plan(std::string_view text) {
     }
     if (!json.at("speculation").is_null()) {
         plan.speculation = parse_speculation(json.at("speculation"));
+    }
+    if (!json.at("slotFolder").is_null()) {
+        plan.slot_folder = json.at("slotFolder").get<std::string>();
+        if (plan.slot_folder.empty() || plan.slot_folder.front() != '/') {
+            throw std::runtime_error("the folder for slots is no absolute path");
+        }
+        if (plan.slot_folder.back() != '/') {
+            plan.slot_folder += '/'; // the core puts the file's name right behind it
+        }
     }
     // Every slot's token and what is guessed after it go into one batch.
     const uint64_t verified = plan.slot_count * (1ull + plan.speculation.max_tokens);
@@ -346,7 +360,7 @@ struct Engine::Core {
     std::unique_ptr<server_routes> routes;
     std::map<std::string, const server_http_context::handler_t *> table;
 
-    bool open_device(const OpenPlan & plan, const EngineSeams & seams, std::string * error);
+    bool open_device(const OpenPlan & plan, const EngineSeams & seams, EventWriter & events, std::string * error);
     void make_table();
     const server_http_context::handler_t * find(const std::string & method_and_path) const {
         const auto it = table.find(method_and_path);
@@ -355,7 +369,8 @@ struct Engine::Core {
 };
 
 // One thread pool for llama.cpp and for the delegate: two that spin would starve each other and the readers.
-bool Engine::Core::open_device(const OpenPlan & plan, const EngineSeams & seams, std::string * error) {
+bool Engine::Core::open_device(const OpenPlan & plan, const EngineSeams & seams, EventWriter & events,
+                               std::string * error) {
     ggml_threadpool_params tp = ggml_threadpool_params_default(
         static_cast<int>(std::max(plan.decode_threads, plan.prefill_threads)));
     tp.poll = plan.poll_percent;
@@ -367,6 +382,11 @@ bool Engine::Core::open_device(const OpenPlan & plan, const EngineSeams & seams,
     delegate = seams.make_delegate ? seams.make_delegate(threads.get()) : make_cpu_delegate(threads.get());
     StreamingSpec spec = streaming_spec(plan);
     spec.wrap_source = seams.wrap_source;
+    spec.trace.path = plan.streaming.trace_path;
+    spec.trace.header = plan.streaming.trace_header;
+    spec.trace.on_failure = [&events](const std::string & sentence) {
+        events.line("{\"event\":\"warning\",\"text\":" + json_string(sentence) + "}");
+    };
     device = StreamDevice::open(std::move(spec), *delegate, error);
     if (!device) {
         return false;
@@ -439,6 +459,7 @@ common_params params_of(const OpenPlan & plan) {
     p.n_gpu_layers = static_cast<int32_t>(plan.gpu_layers);
     p.cache_type_k = kv_type(plan.kv_type_k);
     p.cache_type_v = kv_type(plan.kv_type_v);
+    p.embedding = plan.embeddings;
     p.no_extra_bufts = !plan.repack;
     p.load_mode = plan.load_mode == LoadMode::Mmap     ? LLAMA_LOAD_MODE_MMAP
                   : plan.load_mode == LoadMode::Direct ? LLAMA_LOAD_MODE_DIRECT_IO
@@ -446,6 +467,7 @@ common_params params_of(const OpenPlan & plan) {
     if (plan.speculation.max_tokens > 0) {
         set_speculation(p, plan.speculation);
     }
+    p.slot_save_path = plan.slot_folder; // the core refuses to save and restore where it is empty
     // The rest is the contract, not policy: nothing the core does on its own may allocate, sleep, fetch or guess.
     p.fit_params = false;
     p.warmup = false;
@@ -836,7 +858,7 @@ bool Engine::load() {
     core_ = std::make_unique<Core>();
     core_->params = params_of(plan_);
     std::string error;
-    if (!plan_.streaming.tensors.empty() && !core_->open_device(plan_, seams_, &error)) {
+    if (!plan_.streaming.tensors.empty() && !core_->open_device(plan_, seams_, events_, &error)) {
         fail("io", error);
         return false;
     }

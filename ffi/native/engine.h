@@ -58,6 +58,8 @@ struct PlanStreaming {
     bool huge_pages = false;
     uint32_t touch_threads = 0;
     uint64_t span_work_bytes = 0;
+    std::string trace_path; // a file for a routing trace; empty: none
+    std::string trace_header;
 };
 
 // What native needs of src/plan.ts's Plan, field by field. No field has a default that means anything: parse_plan
@@ -85,10 +87,12 @@ struct OpenPlan {
     uint32_t gpu_layers = 0;
     std::string kv_type_k;
     std::string kv_type_v;
+    bool embeddings = false; // the model turns text into vectors; each input is one micro-batch
     bool repack = false; // weights rearranged at load for faster kernels; changes last bits
     LoadMode load_mode = LoadMode::Mmap;
     PlanStreaming streaming;
     PlanSpeculation speculation;
+    std::string slot_folder; // where the core may keep the KV of slots, with its closing slash; empty: nowhere
 };
 
 class DelegateFactory; // backend.h
@@ -105,6 +109,9 @@ OpenPlan parse_plan(std::string_view json);
 // ggml's registry of devices has no lock, and llama.cpp walks it while it loads: one engine at a time, and whoever else
 // walks it.
 std::mutex & registry_mutex();
+
+// The policy that a plan calls so. Throws std::exception when there is none.
+PolicyKind policy_kind(const std::string & name);
 
 // Facts about the build as a JSON object.
 std::string build_info_json();

@@ -30,7 +30,7 @@ void NeuronCache::open(const CacheShape& shape, const CachePolicy& policy) {
         policy_.pinned_slots = slot_count_ - std::min(slot_count_, policy_.guard_ring_slots);
     }
     if (policy_.kind == PolicyKind::kPinnedCyclic) {
-        choose_kept();
+        choose_kept(shape.kept);
     }
     if (policy_.kind == PolicyKind::kLfuDecay) {
         heap_ = std::make_unique<uint32_t[]>(slot_count_);
@@ -49,16 +49,16 @@ void NeuronCache::open(const CacheShape& shape, const CachePolicy& policy) {
 
 // Stride i is in the subset when the line from 0 to n with slope pinned / n crosses an integer at i: the gaps between
 // subset strides differ by at most one.
-void NeuronCache::choose_kept() {
-    uint64_t wanted = policy_.pinned_slots;
-    if (stride_count_ <= slot_count_) {
-        wanted = stride_count_;
-    }
-    HY_CHECK(wanted < slot_count_ || wanted == stride_count_);
+void NeuronCache::choose_kept(Span<const uint8_t> kept) {
+    bool all_fit = stride_count_ <= slot_count_;
+    HY_CHECK(kept.count == 0 || kept.count == stride_count_);
+    uint64_t wanted = all_fit ? stride_count_ : policy_.pinned_slots;
     for (uint64_t i = 0; i < stride_count_; i++) {
-        strides_[i].kept = (i + 1) * wanted / stride_count_ > i * wanted / stride_count_;
+        bool spread = (i + 1) * wanted / stride_count_ > i * wanted / stride_count_;
+        strides_[i].kept = kept.count == 0 || all_fit ? spread : kept[static_cast<uint32_t>(i)] != 0;
+        kept_count_ += strides_[i].kept ? 1 : 0;
     }
-    kept_count_ = static_cast<uint32_t>(wanted);
+    HY_CHECK(kept_count_ < slot_count_ || kept_count_ == stride_count_);
 }
 
 // ---- clock

@@ -24,8 +24,8 @@
 //                 grows.
 //   least_stale   first what no op used for stale_after_passes passes, longest unused first; else what the order of ops
 //                 needs last again, which is what the op just done and its predecessors used. O(ops / 64).
-//   pinned_cyclic a fixed subset of pinned_slots strides, evenly spread over the stride numbers, is never evicted once
-//                 ready; the rest share the other slots as a ring: the first consumed goes first, and what a prefetch
+//   pinned_cyclic a fixed subset of pinned_slots strides, evenly spread over the stride numbers (or a given one: the
+//                 hot strides, and the ring is then LRU for the rest), is never evicted once ready; the rest share the other slots as a ring: the first consumed goes first, and what a prefetch
 //                 brought and nobody has used goes last (newest first). O(1).
 #pragma once
 
@@ -49,6 +49,8 @@ struct CachePolicy {
 struct CacheShape {
     uint32_t slot_count;
     Span<const uint32_t> order_index; // for each stride its op's place in the order of a pass (several may share one)
+    // pinned_cyclic: for each stride whether it is of the subset; fewer than the slots, or all. Empty: evenly spread.
+    Span<const uint8_t> kept = {};
 };
 
 enum class StrideState : uint8_t { kAbsent, kReading, kReady, kFailed };
@@ -136,7 +138,7 @@ private:
         uint32_t count = 0;
     };
 
-    void choose_kept();
+    void choose_kept(Span<const uint8_t> kept);
     void move(uint32_t slot, List to);
     void rest(uint32_t slot); // an unpinned ready slot goes to its list
     void release_slot(uint32_t stride);

@@ -127,6 +127,10 @@ struct FileRange {
 // Hints: failure changes speed only. drop_cached throws clean pages of the range (0 bytes: to the end) out of the
 // page cache, where the system can do that for a file.
 void drop_cached(int descriptor, FileRange range);
+// Writes dirty pages back and throws the whole file out of the page cache; pages that others map may stay.
+void flush_and_drop(int descriptor);
+// Of the file's bytes, in whole pages, those that the page cache holds. False where the system does not tell.
+bool cached_bytes(int descriptor, uint64_t* bytes);
 void read_ahead(int descriptor, FileRange range);
 
 enum class PageKind : uint8_t { kBase, kHuge };

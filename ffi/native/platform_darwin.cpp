@@ -2,6 +2,7 @@
 // itself (16 KiB on Apple silicon) and gives programs no transparent huge pages, so PageKind::kHuge means base pages.
 #include "platform.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <climits>
 #include <cstdio>
@@ -15,6 +16,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <vector>
 
 namespace hypura::platform {
 namespace {
@@ -122,6 +124,39 @@ void drop_cached(int descriptor, FileRange range) {
         msync(at, size, MS_INVALIDATE);
         munmap(at, size);
     }
+}
+
+void flush_and_drop(int descriptor) {
+    fsync(descriptor); // a dirty page is not dropped
+    drop_cached(descriptor, {0, 0});
+}
+
+// In windows, so that the list of pages stays small.
+bool cached_bytes(int descriptor, uint64_t* bytes) {
+    *bytes = 0;
+    FileIdentity identity{};
+    if (identify(descriptor, &identity) != 0) {
+        return false;
+    }
+    constexpr uint64_t window = 1ull << 28;
+    const uint64_t page = page_bytes();
+    std::vector<char> present(window / page);
+    for (uint64_t at = 0; at < identity.bytes; at += window) {
+        uint64_t size = std::min(window, identity.bytes - at);
+        void* map = mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor, static_cast<off_t>(at));
+        if (map == MAP_FAILED) {
+            return false;
+        }
+        bool told = mincore(map, size, present.data()) == 0;
+        munmap(map, size);
+        if (!told) {
+            return false;
+        }
+        for (uint64_t i = 0; i < (size + page - 1) / page; i++) {
+            *bytes += (present[i] & 1) != 0 ? page : 0;
+        }
+    }
+    return true;
 }
 
 void read_ahead(int descriptor, FileRange range) {

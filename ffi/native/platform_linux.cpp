@@ -1,6 +1,7 @@
 // platform.h on Linux: O_DIRECT, transparent huge pages, /proc/self/io.
 #include "platform.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
@@ -12,6 +13,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <vector>
 
 #ifndef MADV_POPULATE_WRITE // Linux 5.14; older headers lack the name, older kernels answer EINVAL
 #define MADV_POPULATE_WRITE 23
@@ -106,6 +108,39 @@ int identify(int descriptor, FileIdentity* identity) {
 
 void drop_cached(int descriptor, FileRange range) {
     posix_fadvise(descriptor, static_cast<off_t>(range.offset), static_cast<off_t>(range.bytes), POSIX_FADV_DONTNEED);
+}
+
+void flush_and_drop(int descriptor) {
+    fdatasync(descriptor); // a dirty page is not dropped
+    drop_cached(descriptor, {0, 0});
+}
+
+// In windows, so that the list of pages stays small.
+bool cached_bytes(int descriptor, uint64_t* bytes) {
+    *bytes = 0;
+    FileIdentity identity{};
+    if (identify(descriptor, &identity) != 0) {
+        return false;
+    }
+    constexpr uint64_t window = 1ull << 28;
+    const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+    std::vector<unsigned char> present(window / page);
+    for (uint64_t at = 0; at < identity.bytes; at += window) {
+        uint64_t size = std::min(window, identity.bytes - at);
+        void* map = mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor, static_cast<off_t>(at));
+        if (map == MAP_FAILED) {
+            return false;
+        }
+        bool told = mincore(map, size, present.data()) == 0;
+        munmap(map, size);
+        if (!told) {
+            return false;
+        }
+        for (uint64_t i = 0; i < (size + page - 1) / page; i++) {
+            *bytes += (present[i] & 1) != 0 ? page : 0;
+        }
+    }
+    return true;
 }
 
 void read_ahead(int descriptor, FileRange range) {

@@ -1,6 +1,8 @@
 // See stream.h.
 #include "stream.h"
 
+#include "trace.h"
+
 #include <algorithm>
 #include <cmath>
 #include <system_error>
@@ -313,7 +315,20 @@ void Stream::close() {
         work_.notify_all();
     }
     threads_.join();
+    MutexLock lock(mutex_);
+    if (trace_ != nullptr) {
+        for (uint32_t i = 0; i < class_count_; i++) {
+            class_snapshot_[i] = classes_[i].counters;
+        }
+        trace_->end({class_snapshot_.get(), class_count_});
+        trace_ = nullptr;
+    }
     open_ = false;
+}
+
+void Stream::trace_to(TraceWriter* trace) {
+    MutexLock lock(mutex_);
+    trace_ = trace;
 }
 
 // ---- readers
@@ -358,6 +373,11 @@ void Stream::end_read(uint32_t job_index, ReadQueue::Outcome outcome) {
     const Stride& stride = strides_[read.stride_index];
     Class& c = classes_[stride.class_index];
     uint64_t delivered_bytes = queue_.delivered_bytes(job_index);
+    if (trace_ != nullptr) {
+        outcome == ReadQueue::Outcome::kDone     ? trace_->complete(read.stride_index)
+        : outcome == ReadQueue::Outcome::kFailed ? trace_->fail(read.stride_index)
+                                                 : trace_->cancel(read.stride_index);
+    }
     if (outcome == ReadQueue::Outcome::kDone) {
         HY_CHECK(delivered_bytes == c.spec.stride_bytes);
         c.cache.complete(stride.local);
@@ -401,6 +421,9 @@ bool Stream::cyclic(uint32_t class_index) const {
 
 void Stream::begin_pass(uint32_t token_count) {
     MutexLock lock(mutex_);
+    if (trace_ != nullptr) {
+        trace_->pass(token_count);
+    }
     for (uint32_t i = 0; i < class_count_; i++) {
         classes_[i].cache.begin_pass(token_count);
     }
@@ -456,6 +479,9 @@ bool Stream::admit(uint32_t stride_index, Purpose purpose) {
     c.counters.evictions += admission.evicted_stride != kNone ? 1 : 0;
     c.counters.unused_prefetches += admission.evicted_unused ? 1 : 0;
     reads_[job_of(stride)].stride_index = stride_index;
+    if (trace_ != nullptr && purpose == Purpose::kPrefetch) {
+        trace_->prefetch(stride_index);
+    }
     return true;
 }
 
@@ -496,6 +522,9 @@ void Stream::clear_full() {
 BeginResult Stream::begin(Span<Lease> leases, Holding holding) {
     MutexLock lock(mutex_);
     BeginResult result;
+    if (trace_ != nullptr && !interrupted_) {
+        trace_->begin({leases.data, leases.count});
+    }
     for (Lease& lease : leases) {
         HY_CHECK(lease.stride_index < stride_count_);
         lease.state = LeaseState::kWaiting;
@@ -510,6 +539,9 @@ BeginResult Stream::begin(Span<Lease> leases, Holding holding) {
     for (Lease& lease : leases) {
         uint32_t class_index = strides_[lease.stride_index].class_index;
         Class& c = classes_[class_index];
+        if (trace_ != nullptr && !interrupted_) {
+            trace_->at(static_cast<uint32_t>(&lease - leases.data));
+        }
         while (lease.state == LeaseState::kWaiting && !interrupted_ && !c.full) {
             if (pin_present(&lease) || find_slot(&lease)) {
                 any = true;
@@ -522,6 +554,9 @@ BeginResult Stream::begin(Span<Lease> leases, Holding holding) {
                 clear_full(); // others used the marks meanwhile
             }
         }
+    }
+    if (trace_ != nullptr) {
+        trace_->begun(interrupted_);
     }
     if (interrupted_) {
         for (Lease& lease : leases) {
@@ -600,7 +635,11 @@ void Stream::note_activity() {
 void Stream::sleep(uint32_t class_index) {
     uint64_t start_ns = platform::now_ns();
     changed_.wait(mutex_);
-    classes_[class_index].counters.stall_ns += platform::now_ns() - start_ns;
+    uint64_t waited_ns = platform::now_ns() - start_ns;
+    classes_[class_index].counters.stall_ns += waited_ns;
+    if (trace_ != nullptr) {
+        trace_->stall(waited_ns);
+    }
 }
 
 Status Stream::wait(Lease* lease) {
@@ -650,6 +689,9 @@ Status Stream::wait_some(Span<Lease> leases) {
 
 void Stream::release(Span<Lease> leases) {
     MutexLock lock(mutex_);
+    if (trace_ != nullptr) {
+        trace_->release({leases.data, leases.count});
+    }
     for (Lease& lease : leases) {
         if (lease.state != LeaseState::kNone && lease.state != LeaseState::kWaiting) {
             unpin(&lease);
@@ -721,6 +763,9 @@ void Stream::look_ahead() {
 
 // What was read ahead is not what comes: reads not begun are dropped, the others become as evictable as all else.
 void Stream::abandon_lookahead() {
+    if (trace_ != nullptr) {
+        trace_->abandon();
+    }
     for (uint32_t i = 0; i < class_count_; i++) {
         Class& c = classes_[i];
         if (!cyclic(i)) {

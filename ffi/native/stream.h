@@ -35,6 +35,8 @@
 
 namespace hypura {
 
+class TraceWriter; // trace.h
+
 // Strides of equal type and size, and their slots.
 struct ClassSpec {
     uint64_t stride_bytes;
@@ -120,7 +122,7 @@ private:
 
 enum class LeaseState : uint8_t {
     kNone,    // not begun, or released
-    kWaiting, // no slot for it in this wave
+    kWaiting, // no slot for it in this wave; on the way into begin(): asked for before
     kReading,
     kReady,
     kFailed,
@@ -186,6 +188,9 @@ public:
     bool open(const StreamPlan& plan, ReadSource* source, PoolMemory* pool, std::string* error);
     // Ends the readers. No lease may be held.
     void close();
+
+    // Writes down what happens from now on. Before the first begin(); the trace outlives the stream.
+    void trace_to(TraceWriter* trace) HY_EXCLUDES(mutex_);
 
     // A new pass of this many tokens: the clock of the policies. Optional; without it nothing decays.
     void begin_pass(uint32_t token_count) HY_EXCLUDES(mutex_);
@@ -272,6 +277,7 @@ private:
     ReaderThreads threads_;
     FileModes modes_;
     ReadSource* source_ = nullptr;
+    TraceWriter* trace_ HY_GUARDED_BY(mutex_) = nullptr; // null: nothing is traced
     uint32_t stride_count_ = 0;
     uint32_t class_count_ = 0;
     uint32_t slot_count_ = 0; // of all classes

@@ -14,17 +14,30 @@
 //                kernel fetched, null if it does not tell}
 //   scratch   {path,sizeBytes,chunkBytes,durationNs}
 //             -> one chunk {bytes,direct}: that much stands in the new file; it is gone again after an error or a cancel
+//   replay    {path,recordsOffset,strideBytes:[by class],tensors:[{strideCount,classIndex}],runs:[RUN]}; a RUN is
+//             {kind:"verbatim"|"model"|"optimum",classes:[{slotCount,policy,kept:[stride]}],lookaheadStrides,countFrom,
+//             decodeTokens,wantsPasses} or {kind:"uses",firstPass,endPass}
+//             -> a chunk "run" for each, in order {cutOff,classes:[{hits,lateHits,misses,reads,evictions,askedBytes,
+//                readBytes,policy}],recorded:[{hits,lateHits,misses,reads,evictions,stallUs}] or null,passes:[[tokens,
+//                startUs,stallUs,readingUs,hits,lateHits,misses,askedBytes,readBytes]],decode:{passes,askedBytes,
+//                readBytes}}, or {uses:[by stride]}
+//   cached    {paths,drop}
+//             -> one chunk {cachedBytes: of these files in the page cache, null if the system does not tell}, after
+//                dropping what can be dropped if asked to
 #include "tasks.h"
 
 #include "engine.h"
 #include "events.h"
 #include "measure.h"
 #include "products.h"
+#include "replay.h"
 
 #include "ggml-backend.h"
 #include "json.h"
 
 #include <algorithm>
+#include <cmath>
+#include <fstream>
 #include <limits>
 #include <memory>
 #include <new>
@@ -290,14 +303,280 @@ TaskBody scratch_task(const common_json & json) {
     };
 }
 
+// ---- replay
+
+struct ReplayRun {
+    enum class Kind { kVerbatim, kModel, kOptimum, kUses } kind = Kind::kUses;
+    std::vector<ReplayClass> classes;
+    ReplayModel model;
+    bool wants_passes = false;
+    PassRange passes{0, 0};
+};
+
+struct ReplayTask {
+    std::string path;
+    uint64_t records_offset = 0;
+    ReplayShape shape;
+    std::vector<ReplayRun> runs;
+};
+
+// No model comes near; it bounds what a broken document can ask for.
+constexpr uint64_t most_strides = 1ull << 26;
+
+ReplayShape parse_shape(const common_json & json) {
+    ReplayShape shape;
+    for (const common_json & bytes : list(json, "strideBytes")) {
+        const int64_t value = bytes.get<int64_t>();
+        if (value <= 0) {
+            throw std::runtime_error("strideBytes is out of range");
+        }
+        shape.stride_bytes.push_back(static_cast<uint64_t>(value));
+    }
+    uint32_t op = 0;
+    for (const common_json & tensor : list(json, "tensors")) {
+        const uint32_t count = small(tensor, "strideCount", {1, most_strides});
+        const uint32_t index = small(tensor, "classIndex", {0, shape.stride_bytes.size() - 1});
+        if (shape.class_of.size() + count > most_strides) {
+            throw std::runtime_error("there are too many strides");
+        }
+        shape.class_of.insert(shape.class_of.end(), count, index);
+        shape.op_of.insert(shape.op_of.end(), count, op++);
+    }
+    return shape;
+}
+
+CachePolicy parse_policy(const common_json & json, uint32_t slot_count) {
+    CachePolicy policy;
+    policy.kind = policy_kind(json.at("kind").get<std::string>());
+    policy.half_life_tokens = json.at("halfLifeTokens").get<double>();
+    policy.stale_after_passes = small(json, "staleAfterPasses", any_count);
+    policy.pinned_slots = small(json, "pinnedSlots", {0, slot_count - 1});
+    policy.working_set_strides = small(json, "workingSetStrides", any_count);
+    policy.guard_ring_slots = small(json, "guardRingSlots", {1, UINT32_MAX});
+    if (!(policy.half_life_tokens >= 0) || std::isinf(policy.half_life_tokens)) {
+        throw std::runtime_error("halfLifeTokens is out of range");
+    }
+    return policy;
+}
+
+// Strides of the whole trace, marked by their number within the class.
+std::vector<uint8_t> parse_kept(const common_json & json, const ReplayShape & shape, uint32_t class_index) {
+    std::vector<uint8_t> marks(shape.class_of.size());
+    for (const common_json & stride : json) {
+        marks.at(stride.get<uint64_t>()) = 1;
+    }
+    std::vector<uint8_t> kept;
+    for (size_t i = 0; i < marks.size(); ++i) {
+        if (shape.class_of[i] == class_index) {
+            kept.push_back(marks[i]);
+        }
+    }
+    return kept;
+}
+
+ReplayRun parse_run(const common_json & json, const ReplayShape & shape) {
+    ReplayRun run;
+    const std::string kind = json.at("kind").get<std::string>();
+    if (kind == "uses") {
+        run.passes = {small(json, "firstPass", any_count), small(json, "endPass", any_count)};
+        return run;
+    }
+    if (kind != "verbatim" && kind != "model" && kind != "optimum") {
+        throw std::runtime_error("there is no such replay");
+    }
+    run.kind = kind == "verbatim" ? ReplayRun::Kind::kVerbatim
+               : kind == "model"  ? ReplayRun::Kind::kModel
+                                  : ReplayRun::Kind::kOptimum;
+    run.model = {small(json, "lookaheadStrides", any_count), small(json, "countFrom", any_count),
+                 small(json, "decodeTokens", any_count)};
+    run.wants_passes = json.at("wantsPasses").get<bool>();
+    for (const common_json & one : list(json, "classes")) {
+        const auto index = static_cast<uint32_t>(run.classes.size());
+        ReplayClass c;
+        c.slot_count = small(one, "slotCount", {1, most_strides});
+        c.policy = parse_policy(one.at("policy"), c.slot_count);
+        if (!one.at("kept").empty()) {
+            c.kept = parse_kept(one.at("kept"), shape, index);
+            const auto marked = static_cast<uint64_t>(std::count(c.kept.begin(), c.kept.end(), 1));
+            if (marked >= c.slot_count && c.slot_count < c.kept.size()) {
+                throw std::runtime_error("more strides are kept than there are slots");
+            }
+        }
+        run.classes.push_back(std::move(c));
+    }
+    if (run.classes.size() != shape.stride_bytes.size()) {
+        throw std::runtime_error("a replay has other classes than the trace");
+    }
+    return run;
+}
+
+const char * policy_name(PolicyKind kind) {
+    switch (kind) {
+        case PolicyKind::kLru:
+            return "lru";
+        case PolicyKind::kLfuDecay:
+            return "lfu-decay";
+        case PolicyKind::kLeastStale:
+            return "least-stale";
+        case PolicyKind::kPinnedCyclic:
+            return "pinned-cyclic";
+    }
+    return "";
+}
+
+// A JSON list of `count` parts.
+template <typename Part> std::string joined(size_t count, const Part & part) {
+    std::string text = "[";
+    for (size_t i = 0; i < count; ++i) {
+        text += (i == 0 ? "" : ",") + part(i);
+    }
+    return text + "]";
+}
+
+std::string run_json(const ReplayResult & result, bool wants_passes) {
+    const auto counts = [&](size_t i) {
+        const ReplayCounts & c = result.classes[i];
+        return Object()
+            .add("hits", c.hits)
+            .add("lateHits", c.late_hits)
+            .add("misses", c.misses)
+            .add("reads", c.reads)
+            .add("evictions", c.evictions)
+            .add("askedBytes", c.asked_bytes)
+            .add("readBytes", c.read_bytes)
+            .add("policy", i < result.effective.size() ? json_string(policy_name(result.effective[i])) : "null")
+            .done();
+    };
+    const auto recorded = [&](size_t i) {
+        const uint64_t * fields = result.recorded.data() + i * kTraceEndFields;
+        return Object()
+            .add("hits", fields[0])
+            .add("lateHits", fields[1])
+            .add("misses", fields[2])
+            .add("reads", fields[3])
+            .add("evictions", fields[4])
+            .add("stallUs", fields[5])
+            .done();
+    };
+    const auto pass = [&](size_t i) {
+        const ReplayPass & p = result.passes[i];
+        const uint64_t fields[] = {p.token_count,     p.start_us,        p.stall_us,           p.reading_us,
+                                   p.counts.hits,     p.counts.late_hits, p.counts.misses,      p.counts.asked_bytes,
+                                   p.counts.read_bytes};
+        return joined(9, [&](size_t k) { return std::to_string(fields[k]); });
+    };
+    return Object()
+        .add("cutOff", truth(result.cut_off))
+        .add("classes", joined(result.classes.size(), counts))
+        .add("recorded", result.recorded.empty() ? "null" : joined(result.recorded.size() / kTraceEndFields, recorded))
+        .add("decode", Object()
+                           .add("passes", result.decode.passes)
+                           .add("askedBytes", result.decode.asked_bytes)
+                           .add("readBytes", result.decode.read_bytes)
+                           .done())
+        .add("passes", joined(wants_passes ? result.passes.size() : 0, pass))
+        .done();
+}
+
+std::vector<uint8_t> read_records(const ReplayTask & task) {
+    std::ifstream file(task.path, std::ios::binary | std::ios::ate);
+    const int64_t size = file ? static_cast<int64_t>(file.tellg()) : -1;
+    const auto offset = static_cast<int64_t>(task.records_offset);
+    if (size < offset || size - offset > UINT32_MAX) {
+        throw TaskError("the trace " + task.path + " cannot be read: it is gone, or larger than 4 GB");
+    }
+    std::vector<uint8_t> records(static_cast<size_t>(size - offset));
+    file.seekg(offset);
+    if (!file.read(reinterpret_cast<char *>(records.data()), static_cast<std::streamsize>(records.size()))) {
+        throw TaskError("the trace " + task.path + " cannot be read to its end");
+    }
+    return records;
+}
+
+ReplayResult replay(const ReplayTask & task, const ReplayRun & run, Span<const uint8_t> records, TaskEvents & events) {
+    const auto stopped = [&] { return events.stopped(); };
+    switch (run.kind) {
+        case ReplayRun::Kind::kVerbatim:
+            return replay_verbatim(records, task.shape, run.classes, stopped);
+        case ReplayRun::Kind::kModel:
+            return replay_model(records, task.shape, run.classes, run.model, stopped);
+        default:
+            return replay_optimum(records, task.shape, run.classes, run.model, stopped);
+    }
+}
+
+TaskBody replay_task(const common_json & json) {
+    ReplayTask task{json.at("path").get<std::string>(), whole(json, "recordsOffset", any_count), parse_shape(json), {}};
+    for (const common_json & run : list(json, "runs")) {
+        task.runs.push_back(parse_run(run, task.shape));
+    }
+    return [task = std::move(task)](TaskEvents & events) {
+        const std::vector<uint8_t> bytes = read_records(task);
+        const Span<const uint8_t> records{bytes.data(), static_cast<uint32_t>(bytes.size())};
+        for (const ReplayRun & run : task.runs) {
+            if (events.stopped()) {
+                return;
+            }
+            if (run.kind == ReplayRun::Kind::kUses) {
+                std::string error;
+                const std::vector<uint64_t> uses = count_uses(records, task.shape, run.passes, &error);
+                if (!error.empty()) {
+                    throw TaskError(error);
+                }
+                events.data("{\"uses\":" + joined(uses.size(), [&](size_t i) { return std::to_string(uses[i]); }) + "}", "run");
+                continue;
+            }
+            const ReplayResult result = replay(task, run, records, events);
+            if (!result.error.empty() && !events.stopped()) {
+                throw TaskError(result.error);
+            }
+            events.data(run_json(result, run.wants_passes), "run");
+        }
+    };
+}
+
+// ---- the page cache
+
+TaskBody cached_task(const common_json & json) {
+    std::vector<std::string> paths;
+    for (const common_json & path : list(json, "paths")) {
+        paths.push_back(path.get<std::string>());
+    }
+    const bool drop = json.at("drop").get<bool>();
+    return [paths, drop](TaskEvents & events) {
+        uint64_t cached_bytes = 0;
+        bool told = true;
+        for (const std::string & path : paths) {
+            const int descriptor = platform::open_read(path.c_str(), platform::Access::kBuffered);
+            if (descriptor < 0) {
+                throw TaskError("the file " + path + " cannot be opened");
+            }
+            uint64_t bytes = 0;
+            if (drop) {
+                platform::flush_and_drop(descriptor);
+            }
+            told = platform::cached_bytes(descriptor, &bytes) && told;
+            // The kernel batches what it takes off its lists; a page may need to be asked for again.
+            for (int i = 0; drop && told && bytes > 0 && i < 5; ++i) {
+                platform::sleep_ns(20'000'000);
+                platform::flush_and_drop(descriptor);
+                told = platform::cached_bytes(descriptor, &bytes);
+            }
+            cached_bytes += bytes;
+            platform::close_file(descriptor);
+        }
+        events.data(Object().add("cachedBytes", told ? std::to_string(cached_bytes) : "null").done());
+    };
+}
+
 struct Task {
     std::string_view name;
     TaskBody (*parse)(const common_json &);
 };
 
 constexpr Task tasks[] = {
-    {"copy", copy_task},       {"devices", devices_task}, {"products", products_task},
-    {"reads", reads_task},     {"scratch", scratch_task},
+    {"cached", cached_task}, {"copy", copy_task},   {"devices", devices_task}, {"products", products_task},
+    {"reads", reads_task},   {"replay", replay_task}, {"scratch", scratch_task},
 };
 
 void run_task(const TaskBody & body, TaskEvents & events) {

@@ -218,6 +218,12 @@ export const limitArgs = {
     description: "auto, resident or stream (auto: stream what does not fit)",
     valueHint: "MODE",
   },
+  speculation: {
+    type: "string",
+    description:
+      "Tokens guessed and verified in one pass: off, auto or N (auto: where a pass takes no longer)",
+    valueHint: "N",
+  },
   plan: {
     type: "string",
     description: "Follow the plan in this file, which `inspect --json` printed",
@@ -234,6 +240,20 @@ function modeFlag(text: string | undefined): "auto" | "resident" | "stream" {
 
 type LimitFlags = { readonly [Name in keyof typeof limitArgs]?: string | undefined };
 
+function speculationFlag(text: string | undefined): "off" | "auto" | number {
+  if (text === undefined || text === "auto" || text === "off") {
+    return text ?? "auto";
+  }
+  const count = Number(text);
+  if (Number.isInteger(count) && count >= 1 && count <= 64) {
+    return count;
+  }
+  throw new HypuraError(
+    "usage",
+    `--speculation ${JSON.stringify(text)}: give off, auto, or how many tokens to guess at once (1 to 64)`,
+  );
+}
+
 /** The limits that these flags give. */
 export function limitsOf(flags: LimitFlags): PlanLimits {
   const gpuMemory = flags["gpu-memory"];
@@ -246,6 +266,7 @@ export function limitsOf(flags: LimitFlags): PlanLimits {
     mode: modeFlag(flags.mode),
     gpuMemoryBytes: gpuMemory === "0" ? 0 : (bytesFlag("gpu-memory", gpuMemory) ?? null),
     kvType: flags["kv-type"]?.toLowerCase() ?? null,
+    speculation: speculationFlag(flags.speculation),
     plan: planFlag(flags),
   };
 }

@@ -2,7 +2,7 @@
 // form of `inspect`, from the same plan; loads nothing.
 
 import { basename } from "node:path";
-import { openModelFile } from "../modelfile";
+import { type ModelFile, openModelFile } from "../modelfile";
 import { type PlanLimits, totalBytes } from "../plan";
 import { bytesText, clip, printable, table } from "../text";
 import { command, limitArgs, limitsOf, warnOfCut } from "./command";
@@ -20,8 +20,9 @@ export const estimateCommand = command(
       json: { type: "boolean", description: "Print one JSON object" },
     },
     async run({ args }) {
-      const place = await placeOf(args.model, args.machine);
-      await print(estimateText(args.model, limitsOf(args), place, args.json === true));
+      const file = openModelFile(args.model);
+      const place = await placeOf(file.path, args.machine);
+      await print(estimateText(file, limitsOf(args), place, args.json === true));
     },
   },
   {
@@ -37,9 +38,8 @@ export const estimateCommand = command(
   },
 );
 
-/** What the command prints about the model file at `path`. */
-export function estimateText(path: string, limits: PlanLimits, place: Place, json: boolean): string {
-  const file = openModelFile(path);
+/** What the command prints about a model. */
+export function estimateText(file: ModelFile, limits: PlanLimits, place: Place, json: boolean): string {
   const { plan, refusal, budgetBytes } = judge(file, limits, place);
   if (json) {
     const facts =

@@ -13,6 +13,7 @@ export interface CommandSummary {
 
 const overviewExamples = `  hypura run model.gguf                            chat with a model
   hypura run model.gguf --prompt "Why is the sky blue?" --max-tokens 10
+  hypura serve model.gguf                          for Ollama's clients, OpenAI's and Anthropic's
   hypura inspect model.gguf                        what is in it, and does it fit here`;
 
 /** Every exit status that a script may meet; errors.ts has the codes behind them. */

@@ -56,13 +56,14 @@ export const inspectCommand = command(
       json: { type: "boolean", description: "Print one JSON object with everything" },
     },
     async run({ args }) {
-      const place = await placeOf(args.model, args.machine);
+      const file = openModelFile(args.model);
+      const place = await placeOf(file.path, args.machine);
       const show = {
         tensors: args.tensors === true,
         json: args.json === true,
         verbose: args.verbose === true,
       };
-      await print(inspectText(args.model, limitsOf(args), place, show));
+      await print(inspectText(file, limitsOf(args), place, show));
     },
   },
   {
@@ -111,9 +112,8 @@ export interface Show {
   readonly verbose: boolean;
 }
 
-/** What the command prints about the model file at `path`. */
-export function inspectText(path: string, limits: PlanLimits, place: Place, show: Show): string {
-  const file = openModelFile(path);
+/** What the command prints about a model. */
+export function inspectText(file: ModelFile, limits: PlanLimits, place: Place, show: Show): string {
   const verdict = judge(file, limits, place);
   if (verdict.plan !== null) {
     warnOfCut(limits, verdict.plan);

@@ -17,6 +17,7 @@ import {
 import { type Plan, totalBytes } from "../plan";
 import { countersSince, layersOf, layersText, type StreamingCounters, streamingText } from "../streaming";
 import { bytesText, countText, durationText } from "../text";
+import { traceHeader } from "../trace";
 import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
 import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut } from "./command";
 import { print, stderr, tell } from "./terminal";
@@ -49,6 +50,11 @@ const args = {
     valueHint: "N",
   },
   ...limitArgs,
+  trace: {
+    type: "string",
+    description: "Write down which strides the answer needs, for `hypura replay`",
+    valueHint: "FILE",
+  },
   seed: { type: "string", description: "Same seed, same answer", valueHint: "N" },
   temp: { type: "string", description: "Temperature; 0 takes the likeliest token each time", valueHint: "X" },
   "top-k": { type: "string", description: "Sample among the K likeliest tokens; 0 is all", valueHint: "K" },
@@ -84,7 +90,7 @@ export const runCommand = command(
       const isChat = wantsChat(flags);
       const { plan, trainedContextTokens, hasChatTemplate } = prepareRun(flags, isChat);
       const prompt = await readPrompt(flags, isChat);
-      await using engine = await open(plan, flags.verbose === true);
+      await using engine = await open(plan, flags);
       if (isChat) {
         const { chat } = await import("./chat");
         process.exitCode = await chat(engine, { options, system: flags.system ?? null, first: prompt });
@@ -254,10 +260,13 @@ function decode(bytes: Uint8Array, source: string): string {
   }
 }
 
-async function open(plan: Plan, verbose: boolean): Promise<Engine> {
+async function open(plan: Plan, flags: Flags): Promise<Engine> {
   const started = performance.now();
+  const verbose = flags.verbose === true;
   let shown = false;
   const engine = await openEngine(plan, {
+    ...traceOption(plan, flags.trace),
+    onWarning: (text) => consola.warn(text),
     onProgress: (fraction) => {
       if (stderr.isTerminal) {
         shown = true;
@@ -278,6 +287,23 @@ async function open(plan: Plan, verbose: boolean): Promise<Engine> {
     consola.info(`loaded: ${durationText((performance.now() - started) / 1000)}`);
   }
   return engine;
+}
+
+/** Where the trace goes and what stands before it. Throws where nothing would be in it. */
+export function traceOption(
+  plan: Plan,
+  path: string | undefined,
+): { readonly trace?: { readonly path: string; readonly header: string } } {
+  if (path === undefined) {
+    return {};
+  }
+  if (plan.streaming === null) {
+    throw new HypuraError(
+      "usage",
+      "--trace writes down what streams, and the whole model is in memory: give --memory or --mode stream",
+    );
+  }
+  return { trace: { path, header: JSON.stringify(traceHeader(plan, plan.streaming)) } };
 }
 
 function promptFor(text: string, flags: Flags, hasChatTemplate: boolean): Prompt {
@@ -316,8 +342,13 @@ async function answerOnce(
       plan.streaming !== null &&
       answer.timings.generatedTokens > 1
     ) {
-      const { generatedTokens, generatedSeconds } = answer.timings;
-      const decoded = { tokens: generatedTokens - 1, seconds: generatedSeconds }; // the first came with the prompt
+      const { generatedTokens, generatedSeconds, draftedTokens, acceptedTokens } = answer.timings;
+      const decoded = {
+        tokens: generatedTokens - 1, // the first came with the prompt
+        seconds: generatedSeconds,
+        drafted: draftedTokens,
+        accepted: acceptedTokens,
+      };
       consola.info(streamingText(streaming, decoded, plan.streaming.touchedBytesPerToken));
       if (verbose) {
         tell(`${layersText(layersOf(streaming, plan), decoded.tokens)}\n`);

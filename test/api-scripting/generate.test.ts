@@ -66,6 +66,8 @@ test("thinking and text are kept apart, and both are in the answer", async () =>
         promptSeconds: 0.5,
         generatedTokens: 4,
         generatedSeconds: 0.25,
+        draftedTokens: 0,
+        acceptedTokens: 0,
       },
     },
   });

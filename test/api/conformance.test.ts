@@ -6,7 +6,8 @@ import { join } from "node:path";
 import { openChildEngine } from "../../src/child";
 import { type EngineChunk, RequestError } from "../../src/engine";
 import { writeThinker } from "../engine/thinker";
-import { type Kind, type Row, rows, type Seen, type Shape } from "./conformance.rows";
+import type { Kind, Row, Seen, Shape } from "./conformance.row";
+import { rows } from "./conformance.rows";
 import { scratchFolder, startServer, stopServers, type TestServer, testModels } from "./served";
 
 const folder = scratchFolder();
@@ -43,7 +44,7 @@ async function* scripted(): AsyncGenerator<EngineChunk> {
   for (const data of script) {
     const { fail } = data as { readonly fail?: string };
     if (fail !== undefined) {
-      throw new RequestError(500, "server_error", fail);
+      throw new RequestError(500, "server_error", fail, { code: 500 });
     }
     yield { data };
   }

@@ -329,7 +329,7 @@ describe("keep-alive", () => {
 
 describe("failures", () => {
   const failedPass = (): RequestError =>
-    new RequestError(500, "server_error", "a.gguf: input/output error at 4096");
+    new RequestError(500, "server_error", "a.gguf: input/output error at 4096", { code: 500 });
 
   test("a request that sent nothing is asked once more", async () => {
     const { stage, keeper } = setUp();
@@ -350,6 +350,9 @@ describe("failures", () => {
     expect(await codeOf(place.ask("POST /x", {}))).toBe("request");
     stage.failures.push(new HypuraError("engine", "dead"));
     expect(await codeOf(place.ask("POST /x", {}))).toBe("engine");
+    stage.failures.push(new RequestError(500, "server_error", "Missing 'role' in message"));
+    const thrown = await place.ask("POST /x", {}).catch((error: unknown) => error);
+    expect((thrown as RequestError).status).toBe(400);
     expect(keeper.counts().retries).toBe(0);
     place.release();
   });

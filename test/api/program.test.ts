@@ -1,10 +1,11 @@
 // `hypura serve` as a program: what it prints, its flags and Ollama's variables, and its end by a signal.
 
 import { beforeAll, describe, expect, test } from "bun:test";
-import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdirSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { environment, hypura, program } from "../cli/program";
+import { hypura } from "../cli/program";
 import { until } from "../engine/process";
+import { childrenOf, endProgram, startProgram } from "./program";
 import { allLines, chatBody, type Line, linesOf, post, scratchFolder, testModels } from "./served";
 
 const folder = scratchFolder();
@@ -14,61 +15,16 @@ beforeAll(async () => {
   files = await testModels(folder);
 });
 
-interface Facts {
-  readonly endpoint: string;
-  readonly pid: number;
-  readonly models: readonly {
-    readonly name: string;
-    readonly mode: string;
-    readonly contextTokens: number;
-  }[];
-}
-
-interface Running {
-  readonly child: Bun.Subprocess<"ignore", "pipe", "pipe">;
-  readonly facts: Facts;
-  readonly stderr: Promise<string>;
-}
-
-/** Starts it on a free port and waits until it listens. */
-async function start(words: readonly string[], env: Readonly<Record<string, string>> = {}): Promise<Running> {
-  const child = Bun.spawn([...program, "serve", "--port", "0", "--threads", "1", "--json", ...words], {
-    env: { ...environment, ...env },
-    stdin: "ignore",
-    stdout: "pipe",
-    stderr: "pipe",
-  });
-  const stderr = new Response(child.stderr).text();
-  const reader = child.stdout.getReader();
-  const { value } = await reader.read();
-  if (value === undefined) {
-    throw new Error(`it did not start: ${await stderr}`);
-  }
-  return { child, facts: JSON.parse(new TextDecoder().decode(value)) as Facts, stderr };
-}
-
-async function end({ child, stderr }: Running, signal: NodeJS.Signals = "SIGTERM"): Promise<string> {
-  child.kill(signal);
-  await child.exited;
-  return stderr;
-}
-
-/** The processes that this one has started; Linux only. */
-function childrenOf(processId: number): readonly number[] {
-  const path = `/proc/${processId}/task/${processId}/children`;
-  return existsSync(path) ? readFileSync(path, "utf8").trim().split(" ").filter(Boolean).map(Number) : [];
-}
-
 describe("starting", () => {
   test("says what is served, where and how", async () => {
-    const server = await start([files.endless, files.experts, "--keep-alive", "90s"]);
+    const server = await startProgram([files.endless, files.experts, "--keep-alive", "90s"]);
     expect(server.facts.endpoint).toMatch(/^http:\/\/127\.0\.0\.1:\d+$/);
     expect(server.facts.models).toMatchObject([
       { name: "endless:latest", mode: "full-resident", contextTokens: 32_768 },
       { name: "experts:latest", mode: "full-resident", contextTokens: 2048 },
     ]);
     expect(await (await fetch(server.facts.endpoint)).text()).toBe("Ollama is running");
-    const stderr = await end(server);
+    const stderr = await endProgram(server);
     expect(stderr).toContain("endless:latest: full-resident");
     expect(stderr).toContain("32,768 tokens of context");
     expect(stderr).toContain(server.facts.endpoint);
@@ -84,23 +40,23 @@ describe("starting", () => {
       OLLAMA_MAX_QUEUE: "7",
       OLLAMA_ORIGINS: "https://chat.example.com",
     };
-    const server = await start([files.endless], variables);
+    const server = await startProgram([files.endless], variables);
     const { endpoint, models } = server.facts;
     expect(endpoint).toMatch(/^http:\/\/localhost:\d+$/);
     expect(models).toMatchObject([{ contextTokens: 512 }]);
     const origin = "https://chat.example.com";
     const tags = await fetch(`${endpoint}/api/tags`, { headers: { origin } });
     expect(tags.headers.get("access-control-allow-origin")).toBe(origin);
-    const stderr = await end(server);
+    const stderr = await endProgram(server);
     expect(stderr).toContain("stays loaded");
     expect(stderr).toContain("for each of 2 requests");
-    const other = await start(
+    const other = await startProgram(
       [files.endless, "--context", "1024", "--parallel", "1", "--host", "127.0.0.1"],
       variables,
     );
     expect(other.facts.endpoint).toStartWith("http://127.0.0.1:");
     expect(other.facts.models).toMatchObject([{ contextTokens: 1024 }]);
-    expect(await end(other)).not.toContain("for each of");
+    expect(await endProgram(other)).not.toContain("for each of");
   });
 
   test.each([
@@ -139,12 +95,12 @@ describe("starting", () => {
   });
 
   test("a port that is taken is one sentence", async () => {
-    const server = await start([files.endless]);
+    const server = await startProgram([files.endless]);
     const { port } = new URL(server.facts.endpoint);
     const { status, stderr } = await hypura(["serve", files.endless, "--port", port]);
     expect(status).toBe(6);
     expect(stderr).toContain(`port ${port} of 127.0.0.1 is taken`);
-    await end(server);
+    await endProgram(server);
   });
 
   test("without a model, or with one that is none", async () => {
@@ -162,7 +118,7 @@ describe("ending", () => {
     async (signal) => {
       const temporary = join(folder, `temporary-${signal}`);
       mkdirSync(temporary);
-      const server = await start([files.endless], { TMPDIR: temporary });
+      const server = await startProgram([files.endless], { TMPDIR: temporary });
       await allLines(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1)));
       const children = childrenOf(server.facts.pid);
       const answer = linesOf(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1_000_000)));
@@ -184,16 +140,16 @@ describe("ending", () => {
   );
 
   test("idle: at once", async () => {
-    const server = await start([files.endless]);
+    const server = await startProgram([files.endless]);
     await allLines(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1)));
     const started = performance.now();
-    await end(server);
+    await endProgram(server);
     expect(server.child.exitCode).toBe(0);
     expect(performance.now() - started).toBeLessThan(1500);
   });
 
   test("a second Ctrl-C does not wait", async () => {
-    const server = await start([files.endless]);
+    const server = await startProgram([files.endless]);
     const answer = linesOf(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1_000_000)));
     await answer.next();
     const started = performance.now();
@@ -206,10 +162,10 @@ describe("ending", () => {
   });
 
   test("killed, its engine ends too", async () => {
-    const server = await start([files.endless]);
+    const server = await startProgram([files.endless]);
     await allLines(await post(`${server.facts.endpoint}/api/chat`, chatBody("endless", 1)));
     const children = childrenOf(server.facts.pid);
-    await end(server, "SIGKILL");
+    await endProgram(server, "SIGKILL");
     await until(
       () =>
         children.every((child) => {

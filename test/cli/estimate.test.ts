@@ -6,6 +6,7 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { estimateText } from "../../src/cli/estimate";
 import type { Place } from "../../src/cli/inspect";
+import { openModelFile } from "../../src/modelfile";
 import { noLimits } from "../../src/plan";
 import { machineNames, machineOf, machines, shapeNames, shapes, writeHollow } from "../unit/plan-family";
 import { hypura, scratchFolder, tinyModel } from "./program";
@@ -21,7 +22,7 @@ describe.each(shapeNames)("%s", (shape) => {
   writeHollow(path, shapes[shape]);
 
   test.each(machineNames)("on %s: fits 100 columns, and has a speed or says why not", (machine) => {
-    const text = estimateText(path, noLimits, placeOn(machine), false);
+    const text = estimateText(openModelFile(path), noLimits, placeOn(machine), false);
     for (const line of text.split("\n")) {
       expect(Bun.stringWidth(line)).toBeLessThanOrEqual(100);
     }

@@ -15,25 +15,34 @@ export function held(): Held {
   if (!canCount) {
     return { descriptors: 0, threads: 0 };
   }
-  // The listing itself holds one while it runs.
+  const { descriptors, threads } = heldBy("self");
+  return { descriptors: descriptors - 1, threads }; // the listing itself holds one while it runs
+}
+
+/** What a process holds; where `canCount`. */
+export function heldBy(id: number | "self"): Held {
   return {
-    descriptors: readdirSync("/proc/self/fd").length - 1,
-    threads: readdirSync("/proc/self/task").length,
+    descriptors: readdirSync(`/proc/${id}/fd`).length,
+    threads: readdirSync(`/proc/${id}/task`).length,
   };
 }
 
 /** What the descriptors are and the threads are called: for the message of a test that fails. */
 export function describeHeld(): string {
-  const descriptors = readdirSync("/proc/self/fd").map((fd) => {
+  return describeHeldBy("self");
+}
+
+export function describeHeldBy(process: number | "self"): string {
+  const descriptors = readdirSync(`/proc/${process}/fd`).map((fd) => {
     try {
-      return readlinkSync(`/proc/self/fd/${fd}`);
+      return readlinkSync(`/proc/${process}/fd/${fd}`);
     } catch {
       return "gone"; // the descriptor of the listing
     }
   });
-  const threads = readdirSync("/proc/self/task").map((id) => {
+  const threads = readdirSync(`/proc/${process}/task`).map((id) => {
     try {
-      return readFileSync(`/proc/self/task/${id}/comm`, "utf8").trim();
+      return readFileSync(`/proc/${process}/task/${id}/comm`, "utf8").trim();
     } catch {
       return "gone"; // it ended since it was listed
     }
@@ -44,9 +53,13 @@ export function describeHeld(): string {
 /** Resident memory of this process after a collection, from the kernel. */
 export function residentBytes(): number {
   Bun.gc(true);
-  const status = canCount ? readFileSync("/proc/self/status", "utf8") : "";
-  const kilobytes = /^VmRSS:\s+(\d+) kB/m.exec(status)?.[1];
-  return kilobytes === undefined ? process.memoryUsage().rss : Number(kilobytes) * 1024;
+  return canCount ? residentBytesOf("self") : process.memoryUsage().rss;
+}
+
+/** Resident memory of a process as it is; where `canCount`. */
+export function residentBytesOf(id: number | "self"): number {
+  const status = readFileSync(`/proc/${id}/status`, "utf8");
+  return Number(/^VmRSS:\s+(\d+) kB/m.exec(status)?.[1]) * 1024;
 }
 
 /** Waits until `look` is true, asking again and again; throws what `describe` says after `seconds`. */

@@ -4,7 +4,7 @@
 import { writeGguf } from "../fixtures/gguf-writer";
 import { tinyLlama } from "../fixtures/tiny";
 
-const template = `{%- if tools %}
+export const thinkerTemplate = `{%- if tools %}
 {{- '<|im_start|>system\\n' }}
 {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
 {{- '# Tools\\n<tools>' }}
@@ -44,7 +44,7 @@ export function writeThinker(path: string): void {
     ...spec,
     metadata: [
       ...spec.metadata.filter(({ key }) => !replaced.has(key)),
-      { key: "tokenizer.chat_template", value: { type: "str", value: template } },
+      { key: "tokenizer.chat_template", value: { type: "str", value: thinkerTemplate } },
       // Any three tokens do.
       { key: "tokenizer.ggml.fim_pre_token_id", value: { type: "u32", value: 10 } },
       { key: "tokenizer.ggml.fim_suf_token_id", value: { type: "u32", value: 11 } },

@@ -1,13 +1,15 @@
-// Mutations of headers through the reader and the description: each must end in a HypuraError or in a description
-// whose every range lies in its file, quickly. Seeded, so that a failure names the mutation that shows it again.
+// Mutations of headers through the reader, the description and the planner: each must end in a HypuraError or in a
+// description whose every range lies in its file and a plan that fits, quickly and with few bytes read. Seeded, so that a failure names the mutation that shows it again.
 
 import { expect, test } from "bun:test";
 import { HypuraError } from "../../src/errors";
 import { type ByteSource, type Gguf, parseGguf } from "../../src/gguf";
-import { describeModel, kvBytesPerToken, memoryBytes } from "../../src/model";
+import { describeModel, kvBytesPerToken, type Model, memoryBytes } from "../../src/model";
+import { makePlan, type Plan, totalBytes } from "../../src/plan";
 import { type GgufSpec, headerBytes, tensorBytes } from "../fixtures/gguf-writer";
 import { openRandom, type Random } from "../fixtures/random";
 import { tinyDeepseek2, tinyLfm2Moe, tinyLlama, tinyMixtral } from "../fixtures/tiny";
+import { machineOf, machines } from "../unit/plan-family";
 
 /** HYPURA_FUZZ_RUNS raises the number for a soak. */
 const runs = Number(process.env["HYPURA_FUZZ_RUNS"] ?? 10_000);
@@ -136,11 +138,22 @@ const mutations: Readonly<Record<string, Mutation>> = {
   }),
 };
 
+/**
+ * A reader may ask for every byte of a header a few times, and for no more at once than a window: what it asks for is
+ * what it allocates (modelfile.ts), so that a header that lies must not make it ask for more.
+ */
+const mostReadBytes = { atOnce: 1_048_576, inAll: 8_388_608 } as const;
+
 function sourceOf(seed: Seed): ByteSource {
   const sizeBytes = seed.header.length + seed.dataBytes;
+  let readBytes = 0;
   return {
     sizeBytes,
     read(offset, length) {
+      readBytes += length;
+      if (length > mostReadBytes.atOnce || readBytes > mostReadBytes.inAll) {
+        throw new Error(`it reads ${length} bytes at once and ${readBytes} in all`);
+      }
       if (offset + length <= seed.header.length) return seed.header.subarray(offset, offset + length);
       const out = new Uint8Array(Math.min(length, sizeBytes - offset));
       out.set(seed.header.subarray(offset, offset + length));
@@ -163,7 +176,25 @@ function checkRanges(gguf: Gguf): void {
   }
 }
 
-/** Parses, describes and checks; true if the mutated file was still a model. */
+const machine = machineOf({ ...machines["ci-24g"], availableBytes: 120_000_000 });
+
+/** A small machine, so that some stream and some are refused. */
+function checkPlan(model: Model): void {
+  let plan: Plan;
+  try {
+    plan = makePlan({ name: "m", files: [], model }, machine);
+  } catch (error) {
+    if (error instanceof HypuraError && error.code === "not-enough-memory") return;
+    throw error;
+  }
+  if (!(totalBytes(plan.memory) <= machine.memory.availableBytes)) throw new Error("the plan does not fit");
+  const placed = plan.tensors.reduce((sum, one) => sum + one.sizeBytes, 0);
+  if (placed !== model.tensorBytes) throw new Error("the plan loses bytes");
+  const rate = plan.estimate.decodeTokensPerSecond;
+  if (rate !== null && !(rate > 0)) throw new Error(`the plan predicts ${rate} tokens a second`);
+}
+
+/** Parses, describes, plans and checks; true if the mutated file was still a model. */
 function tryFile(file: Seed): boolean {
   try {
     const gguf = parseGguf([{ name: "m.gguf", source: sourceOf(file) }]);
@@ -182,6 +213,7 @@ function tryFile(file: Seed): boolean {
     ];
     if (!numbers.every((value) => Number.isFinite(value) && value >= 0))
       throw new Error(`a figure is no number: ${numbers.join(", ")}`);
+    checkPlan(model);
     return true;
   } catch (error) {
     if (!(error instanceof HypuraError)) throw error;

@@ -57,7 +57,19 @@ async function completionText(path: string, prompt: string): Promise<string> {
 
 async function hypuraText(path: string, prompt: string): Promise<string> {
   const { status, stdout, stderr } = await hypura([
-    ...["run", path, "--raw", "--prompt", prompt, "--max-tokens", String(tokenCount), "--temp", "0"],
+    ...[
+      "run",
+      path,
+      "--raw",
+      "--prompt",
+      prompt,
+      "--max-tokens",
+      String(tokenCount),
+      "--temp",
+      "0",
+      "--speculation",
+      "off",
+    ],
     ...["--context", String(contextTokens), "--threads", "1"],
   ]);
   expect([status, status === 0 ? "" : stderr]).toEqual([0, ""]);

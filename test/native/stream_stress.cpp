@@ -1,7 +1,7 @@
 // Seeded runs of consumers over a faulty source: whatever the faults, what is ready has the right bytes until it is
 // released, what fails names a fault that was put in, and when the faults are gone every stride can be had.
 //   stream_stress [runs] [first seed]
-#include "stream_rig.h"
+#include "random_plan.h"
 
 #include <atomic>
 #include <memory>
@@ -10,77 +10,6 @@
 using namespace hypura;
 
 namespace {
-
-void random_plan(StreamRig& rig, Random& random) {
-    rig.plan.reader = {1 + random.below(4), 4096 * (1 + random.below(4)), !random.chance(4), random.chance(2), 200, 1};
-    rig.plan.lookahead_strides = random.below(3) * 4;
-    uint32_t files = 1 + random.below(3);
-    for (uint32_t i = 0; i < files; i++) {
-        rig.plan.files.push_back({"fake.gguf", random.below(5000)});
-    }
-    uint32_t classes = 1 + random.below(3);
-    for (uint32_t c = 0; c < classes; c++) {
-        ClassSpec spec{};
-        spec.stride_bytes = random.chance(3) ? 4096 * (1 + random.below(6)) : 1 + random.below(30000);
-        spec.slot_bytes = min_slot_bytes(spec.stride_bytes);
-        spec.slot_count = 2 + random.below(10);
-        spec.op_slots = 1;
-        spec.policy.kind = static_cast<PolicyKind>(random.below(4));
-        spec.policy.half_life_tokens = random.below(20);
-        spec.policy.stale_after_passes = random.below(3);
-        spec.policy.pinned_slots = random.below(spec.slot_count);
-        spec.policy.working_set_strides = random.below(16);
-        spec.policy.guard_ring_slots = 1 + random.below(3);
-        rig.plan.classes.push_back(spec);
-        for (uint32_t i = 1 + random.below(24); i > 0; i--) {
-            uint32_t first = static_cast<uint32_t>(rig.plan.extents.size());
-            uint64_t left = spec.stride_bytes;
-            while (left > 0) {
-                uint64_t bytes = random.chance(4) ? 1 + random.below(left) : left;
-                uint32_t file_index = random.below(files);
-                FileSpec& file = rig.plan.files[file_index];
-                file.bytes += random.chance(3) ? random.below(5000) : 0;
-                rig.plan.extents.push_back({file_index, file.bytes, bytes});
-                file.bytes += bytes;
-                left -= bytes;
-            }
-            uint32_t count = static_cast<uint32_t>(rig.plan.extents.size()) - first;
-            rig.plan.strides.push_back({c, random.below(40), first, count});
-        }
-    }
-}
-
-Faults random_faults(StreamRig& rig, Random& random) {
-    Faults faults;
-    faults.seed = random.next();
-    faults.direct = !random.chance(5);
-    faults.short_one_in = random.below(3) * 2;
-    faults.eintr_one_in = random.below(3) * 3;
-    faults.eagain_one_in = random.below(3) * 4;
-    faults.slow_one_in = random.below(3) * 8;
-    faults.slow_ns = 1 + random.below(100000);
-    uint64_t reads = 40 + random.below(300);
-    switch (random.below(8)) {
-    case 0:
-        faults.eio_at = random.below(reads);
-        faults.eio_count = 1 + random.below(5);
-        break;
-    case 1:
-        faults.einval_at = random.below(reads);
-        break;
-    case 2:
-    case 3:
-        faults.shrink_at = random.below(reads);
-        faults.shrink_to = random.below(rig.plan.files[0].bytes + 1);
-        break;
-    case 4:
-        faults.change_at = random.below(reads);
-        break;
-    default:
-        break;
-    }
-    return faults;
-}
 
 struct Tally {
     std::atomic<uint64_t> failures{0};

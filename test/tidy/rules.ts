@@ -78,6 +78,9 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   ["src/plan-cost", []],
   ["src/plan-history", []],
   ["src/plan-json", []],
+  ["src/plan-resident", []],
+  ["src/plan-stream", []],
+  ["src/plan-task", []],
   // A simplex is a pure function too.
   ["src/plan-place", ["yalps"]],
   ["src/text", []],
@@ -159,7 +162,7 @@ function anyRule(path: string, text: string): readonly Found[] {
 
 // ---- native code --------------------------------------------------------------------------------------------
 
-const dataPlane = /^(platform|reader|neuron_cache|stream|measure)(_\w+)?\.(cpp|h|mm)$/;
+const dataPlane = /^(platform|reader|neuron_cache|stream|measure|trace|replay)(_\w+)?\.(cpp|h|mm)$/;
 const ggmlPublic = /^(ggml|ggml-(alloc|backend|cpu|cpp|cuda|metal)|gguf)\.h$/;
 const ggmlInternal = /^ggml-.*(impl|common|quants|threading).*\.h$/;
 

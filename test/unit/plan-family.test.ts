@@ -139,7 +139,7 @@ describe.each(cases)("%s on %s", (shape, machineName) => {
 // ---- never worse --------------------------------------------------------------------------------------------------
 
 /**
- * Seconds of a page of prompt and one of answer; with a GPU, which nobody measured, the seconds of a token that are not
+ * Seconds of some pages of prompt and one of answer; with a GPU, which nobody measured, the seconds of a token that are not
  * its: what the solvers minimise.
  */
 function badness(made: Plan, machine: Machine): number {
@@ -149,7 +149,7 @@ function badness(made: Plan, machine: Machine): number {
     const never = Number.POSITIVE_INFINITY;
     return solved === null ? 0 : Math.min(solved.greedyCost ?? never, solved.programCost ?? never);
   }
-  return 512 / (prefill ?? 0) + 256 / (decode ?? 0);
+  return 2048 / (prefill ?? 0) + 256 / (decode ?? 0);
 }
 
 /** A plan may give up speed for more context, or context for being resident; to lose in both is to be worse. */

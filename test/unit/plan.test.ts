@@ -6,9 +6,10 @@ import { HypuraError } from "../../src/errors";
 import { parseGguf } from "../../src/gguf";
 import type { Machine } from "../../src/machine";
 import { describeModel, type Model } from "../../src/model";
-import { makePlan, noLimits, type Plan, type PlanLimits, totalBytes } from "../../src/plan";
+import { gpuBudgetOf, makePlan, noLimits, type Plan, type PlanLimits, totalBytes } from "../../src/plan";
 import { ggufBytes } from "../fixtures/gguf-writer";
 import { tinyDeepseek2, tinyGptOss, tinyLlama, tinyMixed, tinyMixtral, tinyQwen3Moe } from "../fixtures/tiny";
+import { describeShape, machineOf, machines, shapeModel } from "./plan-family";
 
 function machine(availableBytes: number): Machine {
   return {
@@ -120,4 +121,150 @@ test("context: asked for, clamped to the training, halved where memory is short"
   expect(plan(model, 8e9, { contextTokens: 300 }).contextTokens).toBe(300);
   expect(plan(model, 8e9, { contextTokens: trained * 2 }).contextTokens).toBe(trained);
   expect(plan(model, 8e9).contextTokens).toBe(Math.min(trained, 4096));
+});
+
+// ---- the page cache -----------------------------------------------------------------------------------------------
+
+/** Most of this model is a table of which a token reads one row. */
+const tableModel = describeShape({
+  architecture: "llama",
+  layers: 8,
+  embd: 1024,
+  heads: 8,
+  kvHeads: 2,
+  ff: 4096,
+  vocab: 2_000_000,
+});
+
+describe("what tokens hardly touch may stay in the file", () => {
+  const table = tableModel.tensors.find((tensor) => tensor.name === "token_embd.weight");
+  const tableBytes = table?.sizeBytes ?? 0;
+  const needed = totalBytes(plan(tableModel, 64e9).memory);
+  /** Half of the table does not fit. */
+  const availableBytes = ((needed - tableBytes / 2) * 16) / 15;
+
+  test("mapped, with nothing read again, instead of streamed", () => {
+    const made = plan(tableModel, availableBytes);
+    expect(made).toMatchObject({ mode: "mmap", loadMode: "mmap", streaming: null, repack: false });
+    expect(made.tensors.filter((tensor) => tensor.tier === "nvme").map((tensor) => tensor.name)).toEqual([
+      "token_embd.weight",
+    ]);
+    expect(totalBytes(made.memory)).toBe(needed - tableBytes);
+    expect(made.estimate.tokenBytes.read).toBe(0);
+  });
+
+  test("not under --memory, whose limit mapped pages would pass, and not when all of it fits", () => {
+    expect(() => plan(tableModel, 64e9, { memoryBytes: needed - tableBytes / 2 })).toThrow(/too few/);
+    expect(plan(tableModel, 64e9).mode).toBe("full-resident");
+  });
+
+  test("not when what tokens compute on does not fit", () => {
+    expect(() => plan(tableModel, ((needed - tableBytes) * 16) / 15)).toThrow(/too few/);
+  });
+});
+
+// ---- what a person asks for ---------------------------------------------------------------------------------------
+
+test("every choice has a reason, and sizes that were asked for say so", () => {
+  const model = modelOf("tiny-mixtral");
+  const made = plan(model, 8e9, { mode: "stream", threads: 3, contextTokens: 500, kvType: "q8_0" });
+  const said = Object.fromEntries(made.choices.map((choice) => [choice.name, choice]));
+  expect(made.choices.every((choice) => choice.reason !== "" && choice.value !== "")).toBe(true);
+  for (const name of ["mode", "threads", "context", "context type"]) {
+    expect([name, said[name]?.reason]).toEqual([name, "asked for"]);
+  }
+  expect(Object.keys(said)).toEqual(
+    expect.arrayContaining(["pool", "slots", "lookahead", "reader", "ubatch"]),
+  );
+});
+
+test("a KV type that a head does not fit is refused", () => {
+  const model = describeShape({
+    architecture: "llama",
+    layers: 2,
+    embd: 512,
+    heads: 16,
+    kvHeads: 16,
+    headLength: 80,
+    ff: 512,
+    vocab: 512,
+  });
+  expect(() => plan(model, 8e9, { kvType: "q8_0" })).toThrow(
+    /packs 32 numbers and the heads of this model have 80/,
+  );
+  expect(plan(model, 8e9, { kvType: "bf16" }).kvTypeK).toBe("bf16");
+});
+
+test("another shape of reads is taken only where this disk was measured to give a twentieth more", () => {
+  const model = shapeModel("llama-70b");
+  const box = machineOf(machines["ci-24g"]);
+  const storage = box.profile?.storage[0];
+  if (box.profile === null || storage === undefined) throw new Error("the machine has a profile");
+  const withBest = (bytesPerSecond: number): Machine => ({
+    ...box,
+    profile: {
+      ...(box.profile as NonNullable<Machine["profile"]>),
+      storage: [
+        {
+          ...storage,
+          reads: [
+            ...storage.reads,
+            { readBytes: 4_194_304, depth: 16, bytesPerSecond, latencySeconds: { p50: 1e-3, p99: 1e-2 } },
+          ],
+          bestBytesPerSecond: bytesPerSecond,
+          best: { readBytes: 4_194_304, depth: 16 },
+        },
+      ],
+    },
+  });
+  const reader = (machine: Machine) => makePlan({ name: "m", files: [], model }, machine).streaming?.reader;
+  expect(reader(box)).toMatchObject({ threads: 8, pieceBytes: 1_048_576 });
+  expect(reader(withBest(1.04 * 1.6e9))).toMatchObject({ threads: 8, pieceBytes: 1_048_576 });
+  expect(reader(withBest(1.5 * 1.6e9))).toMatchObject({ threads: 16, pieceBytes: 4_194_304 });
+});
+
+test("a plan that was made before is followed as it is, with the paths of the files at hand", () => {
+  const model = modelOf("tiny-mixtral");
+  const made = plan(model, 8e9, { mode: "stream", contextTokens: 333 });
+  const files = [{ path: "elsewhere.gguf", sizeBytes: 1 }];
+  const again = makePlan({ name: "m", files, model }, machine(1e6), { ...noLimits, plan: made });
+  expect(again).toEqual({ ...made, files });
+  expect(() =>
+    makePlan({ name: "m", files, model: modelOf("tiny-llama") }, machine(8e9), { ...noLimits, plan: made }),
+  ).toThrow(/made for another model/);
+});
+
+describe("GPUs", () => {
+  const model = shapeModel("llama-8b");
+  const files = [{ path: "m.gguf", sizeBytes: 1 }];
+  const box = machineOf(machines["cuda-24g-64g"]);
+  const on = (limits: Partial<PlanLimits>, on: Machine = box) =>
+    makePlan({ name: "m", files, model }, on, { ...noLimits, ...limits });
+
+  test("take whole layers from the end, and --gpu-memory says how much of them", () => {
+    const whole = on({});
+    expect([whole.mode, whole.gpuLayers]).toEqual(["full-resident", 33]);
+    const part = on({ gpuMemoryBytes: 3e9 });
+    expect(part.mode).toBe("partial-gpu");
+    expect(part.gpuLayers).toBeGreaterThan(5);
+    const first = 33 - part.gpuLayers;
+    for (const tensor of model.tensors) {
+      if (tensor.layer !== null) {
+        expect([tensor.name, part.tensors[tensor.index]?.tier]).toEqual([
+          tensor.name,
+          tensor.layer >= first ? "gpu" : "ram",
+        ]);
+      }
+    }
+    expect(on({ gpuMemoryBytes: 0 })).toMatchObject({ gpuLayers: 0, gpuMemory: null, repack: true });
+  });
+
+  test("inside a processor count only where there is no other", () => {
+    const [gpu] = box.devices;
+    if (gpu === undefined) throw new Error("the machine has a GPU");
+    const igpu = { ...gpu, type: "igpu" as const, isUnified: true, freeBytes: 8e9 };
+    expect(gpuBudgetOf({ ...box, devices: [gpu, igpu] }, noLimits)).toEqual(gpuBudgetOf(box, noLimits));
+    expect(gpuBudgetOf({ ...box, devices: [igpu] }, noLimits)).toEqual({ bytes: 7.5e9, isUnified: true });
+    expect(gpuBudgetOf({ ...box, devices: [{ ...gpu, type: "cpu" }] }, noLimits)).toBeNull();
+  });
 });

@@ -1,0 +1,618 @@
+// `hypura bench`: how fast a model runs here, and beside it, if asked, stock llama.cpp's way of running it. It owns the
+// order of the runs, their safety and what is shown of them; a run is bench-run.ts's, its worth bench.ts's.
+
+import { randomBytes } from "node:crypto";
+import { closeSync, openSync, readFileSync, readSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { consola } from "consola";
+import packageJson from "../../package.json";
+import { planOf } from "../api";
+import {
+  baselineDanger,
+  type Outcome,
+  orderOfRuns,
+  outcomeOf,
+  type PlannedRun,
+  promptOf,
+  type RunOrder,
+  type RunRecord,
+  type RunSettings,
+  ratioOf,
+  recordVersion,
+  type Side,
+} from "../bench";
+import { keepRecord, readRecords } from "../bench-records";
+import { runOrder } from "../bench-run";
+import { runTask } from "../engine";
+import { exitStatus, HypuraError } from "../errors";
+import { keepRun } from "../history";
+import { type Machine, readMachine } from "../machine";
+import { type MemoryGroup, makeMemoryGroup } from "../memory-group";
+import { type ModelFile, openModelFile, readMetadataArray } from "../modelfile";
+import { type Plan, type PlanLimits, runOf } from "../plan";
+import { fingerprintOf, loadMachine } from "../profile";
+import { findSource, measureStorage } from "../storage";
+import {
+  bandwidthText,
+  bytesText,
+  clip,
+  countText,
+  durationText,
+  plural,
+  printable,
+  rateText,
+} from "../text";
+import { interruptible } from "./answer";
+import { historyLines, resultLines } from "./bench-text";
+import { bytesFlag, command, limitArgs, limitsOf, numberFlag } from "./command";
+import { pageWidth } from "./measuring";
+import { traceOption } from "./run";
+import { print, stderr, tell } from "./terminal";
+
+const defaults = { promptTokens: 128, maxTokens: 128, runs: 3, seconds: 60 } as const;
+const seed = 20_251_121;
+
+const args = {
+  model: { type: "positional", description: "A .gguf file (any file of a split model)", required: false },
+  baseline: { type: "boolean", description: "Run stock llama.cpp beside it: mapped, nothing streamed" },
+  plan: limitArgs.plan,
+  context: limitArgs.context,
+  threads: limitArgs.threads,
+  mode: limitArgs.mode,
+  "kv-type": limitArgs["kv-type"],
+  "gpu-memory": limitArgs["gpu-memory"],
+  "prompt-tokens": {
+    type: "string",
+    description: `Length of the prompt (${defaults.promptTokens})`,
+    valueHint: "N",
+  },
+  "max-tokens": {
+    type: "string",
+    alias: "n",
+    description: `Tokens to generate (${defaults.maxTokens})`,
+    valueHint: "N",
+  },
+  runs: {
+    type: "string",
+    description: `Rounds; each is a cold and a warm run of each side (${defaults.runs})`,
+    valueHint: "N",
+  },
+  seconds: {
+    type: "string",
+    description: `Stop decoding after so long in each run (${defaults.seconds})`,
+    valueHint: "N",
+  },
+  memory: {
+    type: "string",
+    alias: "m",
+    description: "Run each in a control group with this limit, such as 2G",
+    valueHint: "SIZE",
+  },
+  force: { type: "boolean", description: "Run the baseline even where it may make the machine unusable" },
+  html: { type: "string", description: "Write a page with plots", valueHint: "FILE" },
+  trace: {
+    type: "string",
+    description: "Keep the routing trace of the last run of hypura, for `hypura replay`",
+    valueHint: "FILE",
+  },
+  history: { type: "boolean", description: "Show and compare the records that are kept" },
+  json: { type: "boolean", description: "Print one JSON object with every figure" },
+} as const;
+
+type Flags = {
+  readonly [Name in keyof typeof args]?: (typeof args)[Name]["type"] extends "boolean" ? boolean : string;
+};
+
+export const benchCommand = command(
+  {
+    meta: { name: "bench", description: "Measure a model's speed, beside stock llama.cpp if asked to" },
+    args,
+    async run({ args: given }) {
+      const flags = given as Flags;
+      if (flags.history === true) {
+        await showHistory(flags);
+        return;
+      }
+      if (flags.model === undefined || flags.model === "") {
+        throw new HypuraError("usage", "hypura bench needs a MODEL (or --history): see `hypura help bench`");
+      }
+      await bench(flags, openModelFile(flags.model));
+    },
+  },
+  {
+    examples: [
+      "hypura bench model.gguf",
+      "hypura bench model.gguf --baseline                      beside stock llama.cpp",
+      "hypura bench big.gguf --baseline --memory 2G --runs 1   both with 2 GB, as root",
+      "hypura bench model.gguf --html page.html --json > figures.json",
+      "hypura bench --history                                  what was measured before",
+    ],
+    notes: [
+      "Each run is a process of its own, in rounds of A cold, B cold, B warm, A warm. Cold: the model's\n" +
+        "files are dropped from the page cache first, and it is said how much of them would not go.\n" +
+        "Warm: right after another run. Figures are medians over the runs of a kind.",
+      "The bound is what the storage allows: bytes that came from it for each token at the bandwidth that\n" +
+        "was measured on the same file before. A run that beats it is refused and not counted.\n" +
+        "Tokens are sampled at temperature 1 with a fixed seed, the end of text ignored.",
+      "Every run is kept as a JSON record in the state folder (~/.hypura/bench, or HYPURA_HOME) as soon as\n" +
+        "it is over. Ctrl-C ends the benchmark and shows what is done.",
+    ],
+  },
+);
+
+// ---- a benchmark -------------------------------------------------------------------------------------------------
+
+/** What does not change from run to run. */
+interface Setting {
+  readonly file: ModelFile;
+  readonly session: string;
+  readonly machine: RunRecord["machine"];
+  readonly model: RunRecord["model"];
+  readonly settings: RunSettings;
+  readonly prompt: readonly number[];
+  readonly plans: Readonly<Record<Side, Plan | null>>;
+  readonly volumeBytesPerSecond: number | null;
+  readonly group: MemoryGroup | null;
+  /** With the profile that is kept for this machine, if there is one. */
+  readonly profiled: Machine;
+}
+
+async function bench(flags: Flags, file: ModelFile): Promise<void> {
+  const groupBytes = bytesFlag("memory", flags.memory) ?? null;
+  const rounds = numberFlag("runs", flags.runs, { least: 1, most: 100, integer: true }) ?? defaults.runs;
+  const plans = plansOf(flags, file, groupBytes);
+  traceOption(plans.hypura as Plan, flags.trace); // refused now, not after all runs
+  const group = groupBytes === null ? null : makeMemoryGroup(groupBytes);
+  const records: RunRecord[] = [];
+  try {
+    await interruptible(async (signal) => {
+      const setting = await prepareSetting(flags, file, { plans, group, signal });
+      sayPlans(setting);
+      const order = orderOfRuns(rounds, plans.baseline !== null);
+      for (const [index, run] of order.entries()) {
+        const wantsTrace =
+          index === order.length - 1 && run.side === "hypura" && plans.hypura?.streaming !== null;
+        const record = await oneRun(setting, run, {
+          index,
+          count: order.length,
+          signal,
+          tracePath: wantsTrace ? traceFile(flags) : undefined,
+        });
+        records.push(record);
+        keepRecord(record);
+        tellPlanner(setting, record);
+        sayOutcome(record);
+      }
+    });
+  } catch (error) {
+    if (!(error instanceof HypuraError && error.code === "cancelled")) {
+      throw error;
+    }
+    consola.warn(
+      records.length === 0
+        ? "stopped before the first run was over"
+        : `stopped: ${records.length} ${records.length === 1 ? "run is" : "runs are"} done and kept`,
+    );
+    process.exitCode = exitStatus("cancelled");
+  } finally {
+    group?.remove();
+  }
+  await show(flags, records);
+}
+
+/** Where the trace of the last run goes: where it was asked for, or beside for the page alone. */
+function traceFile(flags: Flags): string | undefined {
+  return (
+    flags.trace ??
+    (flags.html === undefined ? undefined : join(tmpdir(), `hypura-bench-${process.pid}.trace`))
+  );
+}
+
+/** The machine as it is inside a group of that size. */
+function machineWith(groupBytes: number | null): Machine {
+  const machine = readMachine();
+  if (groupBytes === null) {
+    return machine;
+  }
+  const { memory } = machine;
+  return {
+    ...machine,
+    memory: {
+      totalBytes: Math.min(memory.totalBytes, groupBytes),
+      availableBytes: Math.min(memory.availableBytes, groupBytes),
+      limitedBy: `of --memory ${bytesText(groupBytes)}`,
+    },
+  };
+}
+
+function plansOf(flags: Flags, file: ModelFile, groupBytes: number | null): Setting["plans"] {
+  // --memory is the control group's: what is left in it bounds the plan, and a plan from a file is taken as it is.
+  const { memory: _, ...asked } = flags;
+  const machine = machineWith(groupBytes);
+  const hypura = planOf(file, limitsOf(asked), machine);
+  if (flags.baseline !== true) {
+    return { hypura, baseline: null };
+  }
+  const modelBytes = file.files.reduce((sum, one) => sum + one.sizeBytes, 0);
+  const danger = groupBytes === null ? baselineDanger(modelBytes, machine.memory.totalBytes) : null;
+  if (danger !== null && flags.force !== true) {
+    throw new HypuraError(
+      "not-enough-memory",
+      `${danger}. Give --memory SIZE to run it in a control group, or --force to risk it: the machine may swap, ` +
+        "stop answering or have the kernel end other programs",
+    );
+  }
+  if (danger !== null) {
+    consola.warn(`${danger}: with --force it runs all the same, and the machine may stop answering`);
+  }
+  return { hypura, baseline: baselinePlan(file, hypura, machine) };
+}
+
+/**
+ * Stock llama.cpp: the whole model mapped, with hypura's context and threads. Its default rearranges the weights into
+ * memory of its own where a kernel wants it; a person whose process dies of that turns it off, so it is on only where
+ * the copy fits.
+ */
+function baselinePlan(file: ModelFile, hypura: Plan, machine: Machine): Plan {
+  const limits: PlanLimits = {
+    contextTokens: hypura.contextTokens,
+    threads: hypura.decodeThreads,
+    slotCount: 1,
+    memoryBytes: null,
+    mode: "resident",
+  };
+  const boundless = {
+    ...machine,
+    memory: { ...machine.memory, availableBytes: 2 ** 50, totalBytes: 2 ** 50 },
+  };
+  const plan = planOf(file, limits, boundless);
+  const copyFits = 2 * file.model.tensorBytes + plan.memory.kvBytes < machine.memory.availableBytes;
+  return { ...plan, repack: copyFits };
+}
+
+interface Preparation {
+  readonly plans: Setting["plans"];
+  readonly group: MemoryGroup | null;
+  readonly signal: AbortSignal;
+}
+
+async function prepareSetting(flags: Flags, file: ModelFile, given: Preparation): Promise<Setting> {
+  const { plans, group, signal } = given;
+  const plan = plans.hypura as Plan;
+  const whole = (most: number) => ({ least: 1, most, integer: true });
+  const promptTokens =
+    numberFlag("prompt-tokens", flags["prompt-tokens"], whole(1_000_000)) ?? defaults.promptTokens;
+  const maxTokens =
+    numberFlag("max-tokens", flags["max-tokens"], { ...whole(1_000_000), least: 2 }) ?? defaults.maxTokens;
+  if (promptTokens + maxTokens > plan.contextTokens) {
+    throw new HypuraError(
+      "usage",
+      `${countText(promptTokens)} tokens of prompt and ${countText(maxTokens)} to generate do not fit the context of ` +
+        `${countText(plan.contextTokens)}: give a larger --context, or less of them`,
+    );
+  }
+  const { vocabularySize } = file.model;
+  const types = readMetadataArray(file, "tokenizer.ggml.token_type");
+  const machine = readMachine();
+  return {
+    file,
+    session: `${new Date().toISOString().replace(/[-:]|\.\d+/g, "")}-${randomBytes(2).toString("hex")}`,
+    machine: { fingerprint: fingerprintOf(machine), memoryBytes: machine.memory.totalBytes },
+    model: {
+      name: plan.model.name,
+      path: file.path,
+      bytes: file.files.reduce((sum, one) => sum + one.sizeBytes, 0),
+      hash: hashOf(file),
+    },
+    settings: {
+      promptTokens,
+      maxTokens,
+      seconds:
+        numberFlag("seconds", flags.seconds, { least: 0.1, most: 86_400, integer: false }) ??
+        defaults.seconds,
+      seed,
+      temperature: 1,
+      groupBytes: group?.limitBytes ?? null,
+    },
+    prompt: promptOf(promptTokens, vocabularySize, types),
+    plans,
+    volumeBytesPerSecond: await measureVolume(file, signal),
+    group,
+    profiled: await loadMachine({ folder: file.path, measure: "cached", signal }),
+  };
+}
+
+/** A plan's estimate learns from what its plan really did; under a limit the machine is another one. */
+function tellPlanner(
+  { plans, file, group, profiled }: Setting,
+  { side, startedAt, outcome }: RunRecord,
+): void {
+  if (side !== "hypura" || group !== null || outcome.status !== "finished" || outcome.figures.isCutShort) {
+    return;
+  }
+  const { decodedTokens, decodeTokensPerSecond, reads } = outcome.figures;
+  const asked = reads.hits + reads.lateHits + reads.misses;
+  const run = runOf(plans.hypura as Plan, file, profiled, {
+    at: startedAt,
+    decodeTokens: decodedTokens,
+    decodeSeconds: decodedTokens / decodeTokensPerSecond.mean,
+    hitRate: asked === 0 ? null : reads.hits / asked,
+  });
+  if (run !== null) {
+    keepRun(run);
+  }
+}
+
+/** Pieces of this many bytes, at so many places of each file, stand for the weights. */
+const sample = { bytes: 4096, places: 64 } as const;
+
+/** Tells models apart without reading all of them: sizes, the table of tensors, and a sample of the bytes. */
+function hashOf({ files, model }: ModelFile): string {
+  const hasher = new Bun.CryptoHasher("sha256");
+  hasher.update(
+    JSON.stringify([
+      files.map((one) => one.sizeBytes),
+      model.tensors.map((one) => [one.name, one.typeName, one.offsetBytes, one.sizeBytes]),
+    ]),
+  );
+  const piece = new Uint8Array(sample.bytes);
+  for (const { path, sizeBytes } of files) {
+    const descriptor = openSync(path, "r");
+    for (let i = 0; i < sample.places; i++) {
+      const at = Math.floor((Math.max(0, sizeBytes - sample.bytes) * i) / (sample.places - 1));
+      hasher.update(piece.subarray(0, readSync(descriptor, piece, 0, sample.bytes, at)));
+    }
+    closeSync(descriptor);
+  }
+  return hasher.digest("hex").slice(0, 32);
+}
+
+const storageSeconds = 0.4;
+
+/** What the model's own volume gives, cold and past the page cache; null where the file is too small to tell. */
+async function measureVolume(file: ModelFile, signal: AbortSignal): Promise<number | null> {
+  const [first] = file.files.toSorted((one, other) => other.sizeBytes - one.sizeBytes);
+  if (first === undefined || findSource(first.path) === null) {
+    return null;
+  }
+  status("measuring the volume");
+  const settings = [8, 16].map((depth) => ({ readBytes: 1_048_576, depth, direct: true, aligned: true }));
+  const { speed } = await measureStorage(first.path, {
+    settings,
+    secondsPerSetting: storageSeconds,
+    scratchSeconds: 0,
+    signal,
+  });
+  return speed.bestBytesPerSecond;
+}
+
+// ---- a run -------------------------------------------------------------------------------------------------------
+
+interface RunPlace {
+  readonly index: number;
+  readonly count: number;
+  readonly signal: AbortSignal;
+  readonly tracePath: string | undefined;
+}
+
+async function oneRun(setting: Setting, run: PlannedRun, place: RunPlace): Promise<RunRecord> {
+  const { group, settings, file, session, machine, model } = setting;
+  const plan = setting.plans[run.side] as Plan;
+  const label = `run ${place.index + 1} of ${place.count}: ${run.side}, ${run.state}`;
+  status(`${label}: ${run.state === "cold" ? "dropping the model from the page cache" : "starting"}`);
+  const cachedBytes = await cached(file, run.state === "cold", place.signal);
+  const { trace = null } = traceOption(plan, place.tracePath);
+  const order: RunOrder = {
+    plan,
+    prompt: setting.prompt,
+    maxTokens: settings.maxTokens,
+    seconds: settings.seconds,
+    seed: settings.seed,
+    trace,
+  };
+  group?.resetPeak();
+  const startedAt = new Date().toISOString();
+  let busyAtFirst: number | null = null;
+  let firstAt = 0;
+  const end = await runOrder(order, {
+    signal: place.signal,
+    group,
+    onLoaded: () => status(`${label}: reading the prompt`),
+    onToken: (count) => {
+      if (count === 1) {
+        busyAtFirst = deviceBusySeconds(file.path);
+        firstAt = performance.now();
+      }
+      const rate = count < 2 ? "" : `, ${rateText((count - 1) / ((performance.now() - firstAt) / 1000))}`;
+      status(`${label}: ${count} of ${settings.maxTokens} tokens${rate}`);
+    },
+  });
+  const busyAtEnd = deviceBusySeconds(file.path);
+  const seen = {
+    groupPeakBytes: group?.peakBytes() ?? null,
+    deviceBusySeconds: busyAtFirst === null || busyAtEnd === null ? null : busyAtEnd - busyAtFirst,
+  };
+  const { volumeBytesPerSecond } = setting;
+  const outcome: Outcome =
+    end.status === "reported" ? outcomeOf(end.report, seen, { plan, volumeBytesPerSecond }) : end;
+  const { tensors: _, ...kept } = plan;
+  return {
+    version: recordVersion,
+    hypura: packageJson.version,
+    session,
+    index: place.index,
+    round: run.round,
+    startedAt,
+    side: run.side,
+    state: run.state,
+    machine,
+    model,
+    settings,
+    plan: kept,
+    cachedBytes,
+    outcome,
+  };
+}
+
+/** Bytes of the model in the page cache, after dropping them if asked to. */
+async function cached(file: ModelFile, drop: boolean, signal: AbortSignal): Promise<number | null> {
+  const body = { paths: file.files.map((one) => one.path), drop };
+  for await (const { data } of runTask("cached", body, signal)) {
+    return (data as { readonly cachedBytes: number | null }).cachedBytes;
+  }
+  return null;
+}
+
+/** How long the device of the file has been busy since the machine started, whoever used it; null where unknown. */
+function deviceBusySeconds(path: string): number | null {
+  try {
+    const { dev } = statSync(path);
+    // As the kernel packs a device number into a stat (new_encode_dev and glibc's gnu_dev_major).
+    const major = (dev >> 8) & 0xfff;
+    const minor = (dev & 0xff) | ((dev >> 12) & 0xfff00);
+    const line = readFileSync("/proc/diskstats", "utf8")
+      .split("\n")
+      .map((text) => text.trim().split(/\s+/))
+      .find((fields) => fields[0] === String(major) && fields[1] === String(minor));
+    return line === undefined ? null : Number(line[12]) / 1000; // milliseconds with requests under way
+  } catch {
+    return null; // no such file on this system
+  }
+}
+
+// ---- what is said while it runs ----------------------------------------------------------------------------------
+
+let statusShownAt = 0;
+
+/** A line that the next one takes the place of; on a terminal only. */
+function status(text: string): void {
+  if (stderr.isTerminal && performance.now() - statusShownAt > 50) {
+    statusShownAt = performance.now();
+    tell(`\r\x1b[K${clip(text, pageWidth - 1)}`);
+  }
+}
+
+function clearStatus(): void {
+  if (statusShownAt > 0) {
+    tell("\r\x1b[K");
+    statusShownAt = 0;
+  }
+}
+
+function planText(plan: Plan): string {
+  const { poolBytes } = plan.memory;
+  const pool = poolBytes === 0 ? "" : `, a pool of ${bytesText(poolBytes)}`;
+  const repack = plan.streaming === null ? `, repacking ${plan.repack ? "on" : "off"}` : "";
+  return `${plan.mode} (${plan.loadMode}${repack}${pool}), ${plural(plan.decodeThreads, "thread")}`;
+}
+
+function sayPlans({ plans, settings, model, volumeBytesPerSecond }: Setting): void {
+  clearStatus();
+  const { hypura, baseline } = plans;
+  const limit = settings.groupBytes === null ? "" : `, each in ${bytesText(settings.groupBytes)}`;
+  consola.info(
+    `${printable(model.name)}, ${bytesText(model.bytes)}: ${settings.promptTokens} tokens of prompt, ` +
+      `${settings.maxTokens} to generate${limit}`,
+  );
+  consola.info(`hypura: ${planText(hypura as Plan)}`);
+  if (baseline !== null) {
+    consola.info(`baseline: ${planText(baseline)}`);
+  }
+  if (volumeBytesPerSecond !== null) {
+    consola.info(`the volume gives ${bandwidthText(volumeBytesPerSecond)}, cold and past the page cache`);
+  }
+}
+
+function sayOutcome(record: RunRecord): void {
+  clearStatus();
+  const { outcome, side, state, cachedBytes, model } = record;
+  const head = `${String(record.index + 1).padStart(2)}. ${side.padEnd(8)} ${state}`;
+  const rest = (cachedBytes ?? 0) / model.bytes;
+  if (state === "cold" && cachedBytes === null) {
+    consola.warn("this system does not tell what the page cache holds: cold may be less cold than it says");
+  } else if (state === "cold" && rest > 0.01) {
+    consola.warn(
+      `${bytesText(cachedBytes ?? 0)} of the model would not leave the page cache: not quite cold`,
+    );
+  }
+  switch (outcome.status) {
+    case "finished": {
+      const { decodeTokensPerSecond: rate, firstTokenSeconds, isCutShort } = outcome.figures;
+      const cut = isCutShort ? " (cut short by --seconds)" : "";
+      consola.info(
+        `${head}: ${rateText(rate.median)}, first token after ${durationText(firstTokenSeconds)}${cut}`,
+      );
+      return;
+    }
+    case "refused":
+      consola.warn(`${head}: refused: ${outcome.reason}`);
+      return;
+    case "killed":
+    case "failed":
+      consola.warn(`${head}: ${outcome.status}: ${outcome.reason}`);
+  }
+}
+
+// ---- the result --------------------------------------------------------------------------------------------------
+
+async function show(flags: Flags, records: readonly RunRecord[]): Promise<void> {
+  const ratios = (["cold", "warm"] as const).flatMap((state) => ratioOf(records, state) ?? []);
+  if (flags.html !== undefined && records.length > 0) {
+    await writePage(flags, flags.html, records);
+  }
+  if (flags.json === true) {
+    await print(`${JSON.stringify({ session: records[0]?.session ?? null, records, ratios })}\n`);
+  } else if (records.length > 0) {
+    await print(`${resultLines(records).join("\n")}\n`);
+  }
+  const isUseless = records.length > 0 && !records.some(({ outcome }) => outcome.status === "finished");
+  if (isUseless && process.exitCode === undefined) {
+    process.exitCode = exitStatus("engine");
+  }
+}
+
+async function writePage(flags: Flags, path: string, records: readonly RunRecord[]): Promise<void> {
+  const { benchPage, readPassages } = await import("../bench-page");
+  const tracePath = traceFile(flags);
+  const passages = tracePath === undefined ? null : await readPassages(tracePath);
+  if (tracePath !== undefined && flags.trace === undefined) {
+    rmSync(tracePath, { force: true });
+  }
+  try {
+    writeFileSync(path, benchPage(records, passages));
+  } catch (cause) {
+    throw new HypuraError(
+      "io",
+      `the page ${JSON.stringify(path)} cannot be written (${(cause as Error).message})`,
+      {
+        cause,
+      },
+    );
+  }
+}
+
+// ---- history -----------------------------------------------------------------------------------------------------
+
+const mostSessions = 20;
+
+async function showHistory(flags: Flags): Promise<void> {
+  const { records: all, unreadable } = readRecords();
+  const wanted = flags.model === undefined ? null : hashOf(openModelFile(flags.model));
+  const records = wanted === null ? all : all.filter((record) => record.model.hash === wanted);
+  if (unreadable > 0) {
+    consola.warn(`${unreadable} records are damaged or of another version, and left out`);
+  }
+  if (flags.json === true) {
+    await print(`${JSON.stringify({ records })}\n`);
+    return;
+  }
+  if (records.length === 0) {
+    await print("no benchmark is kept yet: run `hypura bench MODEL`\n");
+    return;
+  }
+  const sessions = [...new Set(records.map((one) => one.session))].slice(-mostSessions);
+  await print(
+    `${historyLines(sessions.map((session) => records.filter((one) => one.session === session))).join("\n")}\n`,
+  );
+}

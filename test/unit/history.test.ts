@@ -1,0 +1,74 @@
+// Kept runs: they come back as they were, what is damaged is said and left out, and the document stays small.
+
+import { afterAll, beforeEach, expect, test } from "bun:test";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { keepRun, readHistory } from "../../src/history";
+import type { MeasuredRun } from "../../src/plan";
+
+const folder = mkdtempSync(join(tmpdir(), "hypura-test-"));
+const before = process.env["HYPURA_HOME"];
+process.env["HYPURA_HOME"] = folder;
+afterAll(() => {
+  rmSync(folder, { recursive: true, force: true });
+  if (before === undefined) delete process.env["HYPURA_HOME"];
+  else process.env["HYPURA_HOME"] = before;
+});
+
+const document = join(folder, "history.json");
+beforeEach(() => rmSync(document, { recursive: true, force: true }));
+
+const run: MeasuredRun = {
+  version: 1,
+  at: "2026-11-02T00:00:00Z",
+  machineKey: "a machine",
+  modelKey: "a model",
+  streams: true,
+  threads: 2,
+  poolShare: 0.25,
+  layerCount: 24,
+  modelSeconds: 0.1,
+  decodeTokens: 64,
+  decodeSeconds: 7,
+  hitRate: 0.87,
+};
+
+test("nothing is kept at first, and then what was kept", () => {
+  expect(readHistory()).toEqual([]);
+  keepRun(run);
+  keepRun({ ...run, poolShare: null, hitRate: null, modelSeconds: null, streams: false });
+  expect(readHistory().map((one) => one.poolShare)).toEqual([0.25, null]);
+  expect(readHistory()[0]).toEqual(run);
+});
+
+test("old runs make room for new ones", () => {
+  writeFileSync(document, JSON.stringify(Array.from({ length: 400 }, (_, i) => ({ ...run, threads: i }))));
+  keepRun({ ...run, threads: 1000 });
+  const threads = readHistory().map((one) => one.threads);
+  expect([threads.length, threads[0], threads.at(-1)]).toEqual([400, 1, 1000]);
+});
+
+test("what is damaged is said, and the rest is used", () => {
+  const bad: readonly unknown[] = [
+    null,
+    1,
+    { ...run, version: 2 },
+    { ...run, decodeSeconds: -1 },
+    { ...run, hitRate: 1.5 },
+    { ...run, machineKey: null },
+    { ...run, poolShare: "0.2" },
+  ];
+  for (const one of bad) {
+    const notes: string[] = [];
+    writeFileSync(document, JSON.stringify([run, one]));
+    expect(readHistory({ onNote: (note) => notes.push(note) })).toEqual([run]);
+    expect(notes).toEqual([expect.stringMatching(/damaged: what is whole of them is used/)]);
+  }
+  for (const text of ["", "{", "[", "{}", "null"]) {
+    const notes: string[] = [];
+    writeFileSync(document, text);
+    expect(readHistory({ onNote: (note) => notes.push(note) })).toEqual([]);
+    expect(notes).toHaveLength(1);
+  }
+});
