@@ -96,18 +96,18 @@ export const serveCommand = command(
       "hypura serve model.gguf",
       "hypura serve model.gguf --port 11434 --keep-alive 30m     # where Ollama's clients look",
       "hypura serve big.gguf small.gguf --memory 16G             # two models, one at a time in memory",
-      "hypura serve models/ --parallel 4                         # a folder; four requests decode together",
+      "hypura serve models/ --parallel 4                         # a folder; four decode together",
       "hypura serve ollama:llama3.2:3b                           # what Ollama has pulled, read-only",
-      'curl http://127.0.0.1:8080/api/chat -d \'{"model":"NAME","messages":[{"role":"user","content":"Hi"}]}\'',
+      'curl http://127.0.0.1:8080/api/generate -d \'{"model":"NAME","prompt":"Hi","stream":false}\'',
     ],
     notes: [
-      "A model is loaded by its first request. One is in memory at a time: a request for another waits until those\n" +
-        "that run are done, and then takes its place.\n" +
-        "Without --context a request may use 32,768, 24,576 or 16,384 tokens (less where the model was trained for\n" +
-        "less), the most that leaves all weights in memory; where they do not fit anyway, 16,384, or 32,768 if that\n" +
-        "takes less than an eighth of the memory.\n" +
-        "OLLAMA_HOST, OLLAMA_ORIGINS, OLLAMA_KEEP_ALIVE, OLLAMA_CONTEXT_LENGTH, OLLAMA_NUM_PARALLEL, OLLAMA_MAX_QUEUE\n" +
-        "and OLLAMA_MODELS mean what they mean to Ollama; flags win.\n" +
+      "A model is loaded by its first request. One is in memory at a time: a request for another waits\n" +
+        "until those that run are done, and then takes its place.\n" +
+        "Without --context a request may use 32,768, 24,576 or 16,384 tokens (less where the model was\n" +
+        "trained for less), the most that leaves all weights in memory; where they do not fit anyway,\n" +
+        "16,384, or 32,768 if that takes less than an eighth of the memory.\n" +
+        "OLLAMA_HOST, OLLAMA_ORIGINS, OLLAMA_KEEP_ALIVE, OLLAMA_CONTEXT_LENGTH, OLLAMA_NUM_PARALLEL,\n" +
+        "OLLAMA_MAX_QUEUE and OLLAMA_MODELS mean what they mean to Ollama; flags win.\n" +
         "Only this machine is served unless --host says otherwise: there is no password.\n" +
         "Ctrl-C ends it: running answers get two seconds, a second Ctrl-C ends at once.",
     ],
