@@ -29,7 +29,7 @@ export interface Variant {
 
 const v3 = ["avx2", "fma", "f16c", "bmi2", "sse4_2"] as const;
 const v4 = [...v3, "avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw"] as const;
-const v4Flags = ["-mevex512", "-mavx512f", "-mavx512cd", "-mavx512vl", "-mavx512dq", "-mavx512bw"] as const;
+const v4Flags = ["-mavx512f", "-mavx512cd", "-mavx512vl", "-mavx512dq", "-mavx512bw"] as const;
 const vnni = ["avx512vbmi", "avx512_vnni"] as const;
 const vnniFlags = ["-mavx512vbmi", "-mavx512vnni"] as const;
 
@@ -83,7 +83,10 @@ export const targets: Readonly<Record<TargetName, Target>> = {
   },
 };
 
-/** The first variant that the features allow; null where the machine has less than the least. */
-export function variantFor(variants: readonly Variant[], features: ReadonlySet<string>): Variant | null {
-  return variants.find(({ needs }) => needs.every((one) => features.has(one))) ?? null;
+/** The first that the features allow; null where the machine has less than the least. */
+export function bestFor<Needing extends Pick<Variant, "needs">>(
+  choices: readonly Needing[],
+  features: ReadonlySet<string>,
+): Needing | null {
+  return choices.find(({ needs }) => needs.every((one) => features.has(one))) ?? null;
 }

@@ -57,16 +57,7 @@ export async function installZig(say: (step: string) => void): Promise<string> {
   try {
     const options = ["--quiet", "--disable-pip-version-check", "--no-compile", "--no-deps"];
     const pins = ["--only-binary=:all:", "--require-hashes", "-r", requirements];
-    const installed = await run([
-      python,
-      "-m",
-      "pip",
-      "install",
-      ...options,
-      "--target",
-      fresh,
-      ...pins,
-    ]);
+    const installed = await run([python, "-m", "pip", "install", ...options, "--target", fresh, ...pins]);
     if (installed.status !== 0) {
       const last = installed.text.trim().split("\n").at(-1);
       throw new ZigError("unreachable", `zig ${version} could not be installed from PyPI: ${last}`);
