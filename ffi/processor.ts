@@ -7,7 +7,7 @@ import { closeSync, openSync, readSync } from "node:fs";
 /** Linux's name of a feature -> macOS's. Every Apple processor of arm64 answers to these. */
 const darwinNames: Readonly<Record<string, string>> = {
   asimddp: "hw.optional.arm.FEAT_DotProd",
-  fphp: "hw.optional.arm.FEAT_FP16",
+  asimdhp: "hw.optional.arm.FEAT_FP16",
   i8mm: "hw.optional.arm.FEAT_I8MM",
 };
 

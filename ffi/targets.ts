@@ -12,8 +12,10 @@ export interface Target {
   readonly name: TargetName;
   readonly platform: "linux" | "darwin";
   readonly arch: "x64" | "arm64";
-  /** For zig; a C library of 2017's long-term systems, which is also the oldest that Bun runs on. */
+  /** For zig; glibc 2.17 is of 2012, and the oldest that Bun runs on. */
   readonly triple: string;
+  /** What every machine of the target has. x64 has ggml's own switches for it. */
+  readonly baseline: Flags | null;
   readonly bun: string;
   /** Best first; the last one is the least that the target runs on. */
   readonly variants: readonly Variant[];
@@ -23,37 +25,50 @@ export interface Variant {
   readonly name: string;
   /** What the machine must have, as Linux names it in /proc/cpuinfo. */
   readonly needs: readonly string[];
-  /** On top of the baseline's compiler flags. */
-  readonly flags: readonly string[];
+  /** On top of the baseline's; null for the baseline itself. */
+  readonly flags: Flags | null;
+}
+
+/** One instruction set, as gcc and clang say it and as zig does, which reads -march in its own way. */
+export interface Flags {
+  readonly host: string;
+  readonly zig: string;
 }
 
 const v3 = ["avx2", "fma", "f16c", "bmi2", "sse4_2"] as const;
-const v4 = [...v3, "avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw"] as const;
-const v4Flags = ["-mavx512f", "-mavx512cd", "-mavx512vl", "-mavx512dq", "-mavx512bw"] as const;
-const vnni = ["avx512vbmi", "avx512_vnni"] as const;
-const vnniFlags = ["-mavx512vbmi", "-mavx512vnni"] as const;
+const v4Vnni = [...v3, "avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw", "avx512_vnni"] as const;
+const v4VnniFlags = ["-mavx512f", "-mavx512cd", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512vnni"];
 
-/** Intel and AMD by what their processors have together; the names say from which one on. */
+/** Clang, as zig has it, keeps vectors of 512 bits behind a switch of their own; gcc 12 does not know that one. */
+function wideFlags(...flags: readonly string[]): Flags {
+  return { host: flags.join(" "), zig: ["-mevex512", ...flags].join(" ") };
+}
+
+/** Intel and AMD by what their processors have together; the comments say which are the first. */
 const x64: readonly Variant[] = [
-  // Zen 4 and 5, Sapphire Rapids.
+  // Zen 4, Sapphire Rapids.
   {
     name: "avx512-bf16",
-    needs: [...v4, ...vnni, "avx512_bf16"],
-    flags: [...v4Flags, ...vnniFlags, "-mavx512bf16"],
+    needs: [...v4Vnni, "avx512vbmi", "avx512_bf16"],
+    flags: wideFlags(...v4VnniFlags, "-mavx512vbmi", "-mavx512bf16"),
   },
-  // Ice Lake, Tiger Lake, Rocket Lake.
-  { name: "avx512-vnni", needs: [...v4, ...vnni], flags: [...v4Flags, ...vnniFlags] },
-  // Skylake-X, Cascade Lake.
-  { name: "avx512", needs: v4, flags: v4Flags },
-  // Alder Lake and later desktops, which have no AVX-512.
-  { name: "avx2-vnni", needs: [...v3, "avx_vnni"], flags: ["-mavxvnni"] },
-  { name: "avx2", needs: v3, flags: [] },
+  // Cascade Lake, Ice Lake.
+  { name: "avx512-vnni", needs: v4Vnni, flags: wideFlags(...v4VnniFlags) },
+  // Alder Lake, and later desktops of Intel.
+  { name: "avx2-vnni", needs: [...v3, "avx_vnni"], flags: { host: "-mavxvnni", zig: "-mavxvnni" } },
+  { name: "avx2", needs: v3, flags: null },
 ];
 
-/** Every Apple processor from M1 has the baseline; i8mm came with M2. */
+const dotprod: Flags = { host: "-march=armv8.2-a+dotprod+fp16", zig: "-mcpu=generic+v8_2a+dotprod+fullfp16" };
+const i8mm: Flags = {
+  host: "-march=armv8.6-a+dotprod+fp16+i8mm",
+  zig: "-mcpu=generic+v8_6a+dotprod+fullfp16+i8mm",
+};
+
+/** Every Apple processor from M1 has the baseline, and AWS's from Graviton 2; i8mm came with M2 and Graviton 3. */
 const arm64: readonly Variant[] = [
-  { name: "i8mm", needs: ["asimddp", "fphp", "i8mm"], flags: ["-march=armv8.6-a+dotprod+fp16+i8mm"] },
-  { name: "dotprod", needs: ["asimddp", "fphp"], flags: [] },
+  { name: "i8mm", needs: ["asimddp", "asimdhp", "i8mm"], flags: i8mm },
+  { name: "dotprod", needs: ["asimddp", "asimdhp"], flags: null },
 ];
 
 export const targets: Readonly<Record<TargetName, Target>> = {
@@ -62,6 +77,7 @@ export const targets: Readonly<Record<TargetName, Target>> = {
     platform: "linux",
     arch: "x64",
     triple: "x86_64-linux-gnu.2.17",
+    baseline: null,
     bun: "bun-linux-x64",
     variants: x64,
   },
@@ -70,6 +86,7 @@ export const targets: Readonly<Record<TargetName, Target>> = {
     platform: "linux",
     arch: "arm64",
     triple: "aarch64-linux-gnu.2.17",
+    baseline: dotprod,
     bun: "bun-linux-arm64",
     variants: arm64,
   },
@@ -78,6 +95,7 @@ export const targets: Readonly<Record<TargetName, Target>> = {
     platform: "darwin",
     arch: "arm64",
     triple: "aarch64-macos.13.0",
+    baseline: dotprod,
     bun: "bun-darwin-arm64",
     variants: arm64,
   },

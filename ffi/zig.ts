@@ -60,7 +60,12 @@ export async function installZig(say: (step: string) => void): Promise<string> {
     const installed = await run([python, "-m", "pip", "install", ...options, "--target", fresh, ...pins]);
     if (installed.status !== 0) {
       const last = installed.text.trim().split("\n").at(-1);
-      throw new ZigError("unreachable", `zig ${version} could not be installed from PyPI: ${last}`);
+      const message = `zig ${version} could not be installed from PyPI: ${last}`;
+      // Anything else, a wrong hash before all, is a failure and no reason to skip.
+      const isUnreachable = /from versions: none|Retrying|Connection|timed out|resolution/.test(
+        installed.text,
+      );
+      throw isUnreachable ? new ZigError("unreachable", message) : new Error(message);
     }
     rmSync(folder, { recursive: true, force: true });
     renameSync(fresh, folder);
@@ -85,7 +90,7 @@ export function writeToolchain(zig: string, target: Target, folder: string): str
   const cache = join(root, "build", "zig-cache"); // the C++ library of a target, built once
   const call = `env ZIG_GLOBAL_CACHE_DIR='${cache}' ZIG_LOCAL_CACHE_DIR='${cache}' '${zig}'`;
   // zig's own defaults are those of a debug build: no sanitizer belongs in a release.
-  const flags = `-target ${target.triple} -fno-sanitize=all`;
+  const flags = ["-target", target.triple, target.baseline?.zig ?? "", "-fno-sanitize=all"].join(" ");
   writeProgram(join(folder, "cc"), `${call} cc ${flags}`);
   writeProgram(join(folder, "c++"), `${call} c++ ${flags}`);
   writeProgram(join(folder, "ar"), `${call} ar`);
