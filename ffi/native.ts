@@ -5,7 +5,8 @@ import { CString, dlopen, type Pointer } from "bun:ffi";
 import { closeSync } from "node:fs";
 import { HypuraError } from "../src/errors";
 import { type EmbeddedLibrary, libraryName } from "./library";
-import { candidates } from "./loader";
+import { candidates, suitable } from "./loader";
+import { processorFeatures } from "./processor";
 
 /** HY_ABI_VERSION that this file is written for. */
 const abiVersion = 1;
@@ -81,6 +82,11 @@ function load(): NativeLibrary {
     "internal",
     `${libraryName} could not be loaded: ${hint}. Tried: ${tried.join("; ")}`,
   );
+}
+
+/** The best of the libraries that the executable carries, for this processor; null where it carries none. */
+export function bestVariant(): string | null {
+  return embedded === null ? null : suitable(embedded, processorFeatures(), "").variant;
 }
 
 /** memfd_create(2): executable wherever files are not. */
