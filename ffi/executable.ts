@@ -91,22 +91,64 @@ export function faultOf(file: string): string | null {
     : null;
 }
 
-/** An executable as Bun writes it has a symbol table; `strip` takes it, and shifts what stands behind it. */
+/**
+ * Bun keeps the program in a section of its own, and its address in a word that lies in no section. `strip` copies
+ * sections only, so that word becomes zero, and what starts is Bun alone. It looks for the word.
+ */
 function isStripped(file: string): boolean {
-  const symbolTable = 2; // SHT_SYMTAB
   const header = readAt(file, 0, 64);
   if (header.toString("latin1", 0, 4) !== "\x7fELF") {
     throw new Error(`${file} is no executable for Linux or macOS`);
   }
-  const [tableOffset, entryBytes, count] = [
-    Number(header.readBigUInt64LE(40)),
-    header.readUInt16LE(58),
-    header.readUInt16LE(60),
-  ];
-  const table = readAt(file, tableOffset, entryBytes * count);
-  return !Array.from({ length: count }, (_, index) => table.readUInt32LE(index * entryBytes + 4)).includes(
-    symbolTable,
+  const program = findSection(file, header, ".bun");
+  if (program === null) {
+    return true;
+  }
+  const word = Buffer.alloc(8);
+  word.writeBigUInt64LE(program.address);
+  const { offset } = segmentAround(file, header, program.offset);
+  return !readAt(file, offset, program.offset - offset).includes(word);
+}
+
+interface Section {
+  readonly offset: number;
+  readonly address: bigint;
+}
+
+/** ELF-64, little-endian: elf(5), Elf64_Shdr. */
+function findSection(file: string, header: Buffer, wanted: string): Section | null {
+  const entryBytes = header.readUInt16LE(58);
+  const table = readAt(file, Number(header.readBigUInt64LE(40)), entryBytes * header.readUInt16LE(60));
+  const entries = Array.from({ length: table.length / entryBytes }, (_, index) =>
+    table.subarray(index * entryBytes, (index + 1) * entryBytes),
   );
+  const place = (entry: Buffer): number => Number(entry.readBigUInt64LE(24));
+  const namesEntry = entries[header.readUInt16LE(62)];
+  if (namesEntry === undefined) {
+    return null;
+  }
+  const names = readAt(file, place(namesEntry), Number(namesEntry.readBigUInt64LE(32)));
+  for (const entry of entries) {
+    const at = entry.readUInt32LE(0);
+    if (names.toString("latin1", at, names.indexOf(0, at)) === wanted) {
+      return { offset: place(entry), address: entry.readBigUInt64LE(16) };
+    }
+  }
+  return null;
+}
+
+/** The loaded segment that holds the byte at `offset` (Elf64_Phdr). */
+function segmentAround(file: string, header: Buffer, offset: number): { readonly offset: number } {
+  const [load, entryBytes] = [1, header.readUInt16LE(54)];
+  const table = readAt(file, Number(header.readBigUInt64LE(32)), entryBytes * header.readUInt16LE(56));
+  for (let at = 0; at < table.length; at += entryBytes) {
+    const begin = Number(table.readBigUInt64LE(at + 8));
+    const end = begin + Number(table.readBigUInt64LE(at + 32));
+    if (table.readUInt32LE(at) === load && begin <= offset && offset < end) {
+      return { offset: begin };
+    }
+  }
+  throw new Error(`${file} has a program that no segment loads`);
 }
 
 function readAt(file: string, offset: number, bytes: number): Buffer {
