@@ -54,14 +54,16 @@ function findDirectory(blob: Buffer): Buffer | null {
   if (blob.readUInt32BE(0) !== superBlob) {
     return null;
   }
+  const found: Buffer[] = [];
   const count = blob.readUInt32BE(8);
   for (let i = 0; i < count; i++) {
     const directory = blob.subarray(blob.readUInt32BE(12 + i * 8 + 4));
     if (directory.readUInt32BE(0) === codeDirectory) {
-      return directory;
+      found.push(directory);
     }
   }
-  return null;
+  // codesign may write one for each kind of hash; macOS takes the strongest.
+  return found.find((directory) => directory.readUInt8(37) === sha256Type) ?? found[0] ?? null;
 }
 
 function pageFault(code: Buffer, directory: Buffer): string | null {

@@ -5,6 +5,8 @@
 //   bun ffi/release.ts [--target NAME ...] [--url URL]
 //     --target NAME   linux-x64, linux-arm64, darwin-arm64 (default: all)
 //     --url URL       where the files will be found, for the installer
+//   bun ffi/release.ts --assemble FOLDER --url URL
+//     checksums and the installer for the packages in FOLDER, which several machines made
 //   bun ffi/release.ts --check FILE ...
 //     refuses an executable that was stripped, cut or altered so that it cannot start: for packagers
 
@@ -12,6 +14,7 @@ import {
   copyFileSync,
   existsSync,
   mkdirSync,
+  readdirSync,
   readFileSync,
   renameSync,
   rmSync,
@@ -19,7 +22,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { tmpdir } from "node:os";
-import { basename, join } from "node:path";
+import { basename, join, resolve } from "node:path";
 import packageJson from "../package.json";
 import { unpackLlama } from "../vendor/unpack";
 import { checkTools, installPackages } from "./build";
@@ -57,6 +60,9 @@ async function make(target: Target): Promise<Outcome> {
     const executable = join(folder, "hypura");
     say(`making ${target.name}`);
     await makeExecutable({ libraries, outfile: executable, bunTarget: target.bun, level: releaseLevel });
+    if (compiler === "host" && target.platform === "darwin") {
+      await sign(executable);
+    }
     const isHere = target.platform === process.platform && target.arch === process.arch;
     if (isHere) {
       await runQuietly([executable, "version"], tmpdir());
@@ -79,27 +85,39 @@ async function make(target: Target): Promise<Outcome> {
   }
 }
 
+/**
+ * The library was signed by the linker before it went in, and nothing changed it since; the executable is signed last.
+ * "-" is ad-hoc, which Macs start when it did not come through a browser; a Developer ID is named by the environment.
+ */
+async function sign(executable: string): Promise<void> {
+  const identity = process.env["HYPURA_SIGN_IDENTITY"] ?? "-";
+  const entitlements = join(root, "ffi", "entitlements.plist");
+  const options = ["--force", "--options", "runtime", "--entitlements", entitlements, "--sign", identity];
+  await runQuietly(["codesign", ...options, executable], root);
+  await runQuietly(["codesign", "--verify", "--strict", executable], root);
+}
+
 function megabytes(file: string): string {
   return (statSync(file).size / 1e6).toFixed(1);
 }
 
 /** `sha256sum -c` reads it, and so does install.sh. */
-function writeChecksums(files: readonly string[]): void {
+function writeChecksums(folder: string, files: readonly string[]): void {
   const lines = files.map(
     (file) =>
       `${new Bun.CryptoHasher("sha256").update(readFileSync(file)).digest("hex")}  ${basename(file)}\n`,
   );
-  writeFileSync(join(output, "SHA256SUMS"), lines.join(""));
+  writeFileSync(join(folder, "SHA256SUMS"), lines.join(""));
 }
 
 /** The installer, which knows from here on where the release is. */
-function writeInstaller(url: string): void {
+function writeInstaller(folder: string, url: string): void {
   const text = readFileSync(join(root, "install.sh"), "utf8");
   const filled = text.replace(/^release_url=""$/m, () => `release_url='${url.replaceAll("'", "%27")}'`);
   if (filled === text) {
     throw new Error("install.sh has no line for the release's address");
   }
-  writeFileSync(join(output, "install.sh"), filled, { mode: 0o755 });
+  writeFileSync(join(folder, "install.sh"), filled, { mode: 0o755 });
 }
 
 /** The version's own part of CHANGELOG.md. */
@@ -148,16 +166,41 @@ async function release(argv: readonly string[]): Promise<boolean> {
   for (const target of chosen) {
     outcomes.push(await make(target));
   }
-  writeChecksums(outcomes.flatMap(({ file }) => (file === null ? [] : [file])));
+  writeChecksums(
+    output,
+    outcomes.flatMap(({ file }) => (file === null ? [] : [file])),
+  );
   writeFileSync(join(output, "NOTES.md"), notes);
   const [url] = valuesOf(argv, "--url");
   if (url !== undefined) {
-    writeInstaller(url);
+    writeInstaller(output, url);
   }
   for (const { target, file, note } of outcomes) {
     say(file === null ? `NOT MADE  ${target}: ${note}` : `made      ${target}: ${note}`);
   }
   return outcomes.every(({ file }) => file !== null);
+}
+
+/** For packages that several machines made. */
+function assemble(folder: string, argv: readonly string[]): boolean {
+  const files = readdirSync(folder)
+    .filter((name) => name.endsWith(".tar.gz"))
+    .toSorted();
+  const missing = Object.values(targets).filter(({ name }) => !files.includes(packedName(name, true)));
+  const [url] = valuesOf(argv, "--url");
+  if (missing.length > 0) {
+    throw new Error(`${folder} has no package for ${missing.map(({ name }) => name).join(", ")}`);
+  }
+  if (url === undefined) {
+    throw new Error("--assemble needs --url, the address where the files will be found");
+  }
+  writeChecksums(
+    folder,
+    files.map((name) => join(folder, name)),
+  );
+  writeInstaller(folder, url);
+  say(`${files.join(", ")}: SHA256SUMS and install.sh are written`);
+  return true;
 }
 
 /** Says what is wrong with each file; true where nothing is. */
@@ -175,11 +218,26 @@ function check(files: readonly string[]): boolean {
   return faults.every((fault) => fault === null);
 }
 
+async function obey(argv: readonly string[]): Promise<boolean> {
+  const [first, ...rest] = argv;
+  if (first === "--check") {
+    return check(rest);
+  }
+  if (first === "--assemble") {
+    const [folder] = valuesOf(argv, "--assemble");
+    return assemble(resolve(folder ?? ""), rest);
+  }
+  const unknown = argv.find((word, index) => index % 2 === 0 && word !== "--target" && word !== "--url");
+  if (unknown !== undefined) {
+    throw new Error(`release has no option ${unknown}: --target, --url, --assemble or --check`);
+  }
+  return release(argv);
+}
+
 if (import.meta.main) {
   const argv = process.argv.slice(2);
   try {
-    const isGood = argv[0] === "--check" ? check(argv.slice(1)) : await release(argv);
-    process.exit(isGood ? 0 : 1);
+    process.exit((await obey(argv)) ? 0 : 1);
   } catch (error) {
     say((error as Error).message);
     process.exit(1);

@@ -1,7 +1,7 @@
 // What packaging refuses: an executable that was stripped, cut or altered. And what the release says of itself.
 
 import { describe, expect, test } from "bun:test";
-import { copyFileSync, readFileSync, truncateSync, writeFileSync } from "node:fs";
+import { copyFileSync, mkdirSync, readFileSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { signatureFault } from "../../ffi/macho";
 import { parseCpuInfo, parseSysctl } from "../../ffi/processor";
@@ -126,6 +126,38 @@ describe("processors", () => {
         expect(variant.needs.length).toBeGreaterThan(least?.needs.length ?? 0);
       }
     },
+  );
+});
+
+test("packages of several machines get their checksums and the installer its address", async () => {
+  const release = (...words: readonly string[]) =>
+    outcomeOf(
+      Bun.spawn([process.execPath, join(root, "ffi", "release.ts"), ...words], {
+        stdin: "ignore",
+        stdout: "pipe",
+        stderr: "pipe",
+      }) as never,
+    );
+  const files = join(folder, "files");
+  mkdirSync(files);
+  const names = Object.keys(targets).map((name) => `hypura-${name}.tar.gz`);
+  for (const name of names.slice(1)) {
+    writeFileSync(join(files, name), name);
+  }
+  const url = "https://example.org/v1";
+  const incomplete = await release("--assemble", files, "--url", url);
+  expect([incomplete.status, incomplete.stderr]).toEqual([1, `${files} has no package for linux-x64\n`]);
+  writeFileSync(join(files, names[0] ?? ""), names[0] ?? "");
+  expect((await release("--assemble", files, "--url", url)).status).toBe(0);
+  const sums = readFileSync(join(files, "SHA256SUMS"), "utf8");
+  for (const name of names) {
+    expect(sums).toContain(`${new Bun.CryptoHasher("sha256").update(name).digest("hex")}  ${name}\n`);
+  }
+  expect(readFileSync(join(files, "install.sh"), "utf8")).toContain(`\nrelease_url='${url}'\n`);
+  expect((await release("--assemble", files)).stderr).toContain("--assemble needs --url");
+  expect((await release("--tarjet", "x")).stderr).toContain("release has no option --tarjet");
+  expect((await release("--target", "plan9")).stderr).toContain(
+    "--target plan9: give linux-x64, linux-arm64, darwin-arm64",
   );
 });
 

@@ -85,7 +85,7 @@ describe.skipIf(!isBuilt)("unpacking", () => {
   test("goes to HYPURA_CACHE first, into folders and a file that only the user can write", async () => {
     const cache = fresh("first");
     const { path, variant, passedOver } = await doctor({ HYPURA_CACHE: cache, HOME: fresh("home") });
-    expect([path, variant, passedOver]).toEqual([libraryIn(cache), "native", []]);
+    expect([path, variant, passedOver]).toEqual([libraryIn(cache), expect.stringMatching(/^[\w-]+$/), []]);
     expect(statSync(path ?? "").mode & 0o777).toBe(0o500);
     expect(statSync(join(path ?? "", "..")).mode & 0o777).toBe(0o700);
     expect(readdirSync(join(folder, "home"))).toEqual([]);
@@ -148,7 +148,7 @@ describe.skipIf(!isBuilt)("unpacking", () => {
     });
     const { status, stdout } = await outcomeOf(child as never);
     expect(status).toBe(0);
-    expect((JSON.parse(stdout) as Doctor).library.variant).toBe("native");
+    expect((JSON.parse(stdout) as Doctor).library.path).toStartWith(join(folder, "hostile-cache"));
     expect(existsSync(join(cwd, "ran"))).toBe(false);
   });
 
@@ -180,7 +180,7 @@ describe.skipIf(!isBuilt)("unpacking", () => {
 
   test("a variant that is not carried is refused by name", async () => {
     const { fault } = await doctor({ HYPURA_CPU: "pentium", HYPURA_CACHE: fresh("cpu") });
-    expect(fault).toBe("HYPURA_CPU=pentium: this hypura carries native");
+    expect(fault).toMatch(/^HYPURA_CPU=pentium: this hypura carries [\w-]/);
   });
 });
 
