@@ -89,7 +89,8 @@ export const replayCommand = command(
     notes: [
       "Policies:\n" +
         "  belady         the optimum: knows the future; no policy reads less\n" +
-        "  lfu-decay[:N]  the least used goes; uses are forgotten by half in N tokens\n" +
+        "  lfu-decay[:N[:M]] the least used goes; uses are forgotten by half in N tokens, and a pass counts\n" +
+        "                 for M tokens at most\n" +
         "  pinned-lru     the hottest strides of the first half stay for good, the rest is LRU\n" +
         "  least-stale[:N] unused for N passes goes, else what comes round last\n" +
         "  lru            the longest unused goes: worth nothing below one token's working set\n" +

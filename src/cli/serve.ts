@@ -4,13 +4,14 @@
 import { consola } from "consola";
 import { HypuraError } from "../errors";
 import { type Address, originRule, parseOllamaHost } from "../http-policy";
-import { Keeper, type Log } from "../keeper";
+import { Keeper, type KeeperOptions, type Log } from "../keeper";
 import { type LibraryModel, ollamaStorePath, openLibrary } from "../library";
 import { type Plan, totalBytes } from "../plan";
 import { type Server, serve } from "../server";
 import { bytesText, countText, durationText, plural } from "../text";
 import { durationSeconds } from "../wire-body";
 import { command, limitArgs, limitsOf, numberFlag, positionalsOf, warnOfCut } from "./command";
+import { traceOption } from "./run";
 import { print, tell } from "./terminal";
 
 const args = {
@@ -55,6 +56,11 @@ const args = {
   threads: limitArgs.threads,
   memory: limitArgs.memory,
   mode: limitArgs.mode,
+  trace: {
+    type: "string",
+    description: "Write down which strides are asked for, for `hypura replay` (a later load: FILE.2 ...)",
+    valueHint: "FILE",
+  },
   json: { type: "boolean", description: "Print one JSON object on stdout once it listens" },
   verbose: { type: "boolean", description: "Say what was decided and why, and every request" },
 } as const;
@@ -84,7 +90,7 @@ export const serveCommand = command(
         storePath: ollamaStorePath(process.env),
         onWarning: (sentence) => consola.warn(sentence),
       });
-      const keeper = new Keeper<LibraryModel>({ ...settings, log });
+      const keeper = new Keeper<LibraryModel>({ ...settings, ...tracing(flags.trace, models, log), log });
       const server = serve({ ...settings, ...settings.address, models, keeper, log });
       await announce(server, models, settings, flags);
       await untilSignal(server);
@@ -219,6 +225,33 @@ function originsOf(flag: string | undefined, environment: Environment): readonly
     );
   }
   return patterns;
+}
+
+/** A trace for each load of a model that streams; refused now where none does. */
+function tracing(
+  path: string | undefined,
+  models: readonly LibraryModel[],
+  log: Log,
+): Pick<KeeperOptions, "traceFor"> {
+  const [first] = models;
+  if (path === undefined || first === undefined) {
+    return {};
+  }
+  const streams = models.find(({ firstPlan }) => firstPlan.streaming !== null) ?? first;
+  traceOption(streams.firstPlan, path);
+  let count = 0;
+  return {
+    traceFor(plan) {
+      if (plan.streaming === null) {
+        log("warn", `${plan.model.name} is all in memory now: this load has nothing to trace`);
+        return undefined;
+      }
+      count++;
+      const { trace } = traceOption(plan, count === 1 ? path : `${path}.${count}`);
+      log("info", `the trace of this load goes to ${trace?.path}, once it is unloaded`);
+      return trace;
+    },
+  };
 }
 
 // ---- what it says -----------------------------------------------------------------------------------------------
