@@ -7,6 +7,7 @@ import { createInterface } from "node:readline";
 import { type Engine, openEngine } from "../../src/engine";
 import type { Plan } from "../../src/plan";
 import { countersSince, type StreamingCounters } from "../../src/streaming";
+import { traceHeader } from "../../src/trace";
 
 export interface Question {
   readonly promptTokens: number;
@@ -45,8 +46,13 @@ export function canLimit(): boolean {
   }
 }
 
-/** Opens `plan` in a process of its own, under a memory limit where one is given. */
-export async function openSubject(name: string, plan: Plan, limitBytes: number | null): Promise<Subject> {
+/** Opens `plan` in a process of its own, under a memory limit and with a routing trace where they are given. */
+export async function openSubject(
+  name: string,
+  plan: Plan,
+  limitBytes: number | null,
+  tracePath?: string,
+): Promise<Subject> {
   const folder = `${group}/${process.pid}-${name.replace(/\W+/g, "-")}`;
   if (limitBytes !== null) {
     mkdirSync(folder);
@@ -56,7 +62,15 @@ export async function openSubject(name: string, plan: Plan, limitBytes: number |
   writeFileSync(planPath, JSON.stringify(plan));
   const enter = limitBytes === null ? "" : `echo $$ > ${folder}/cgroup.procs && `;
   const child = Bun.spawn(
-    ["sh", "-c", `${enter}exec "$0" "$@"`, process.execPath, import.meta.path, planPath],
+    [
+      "sh",
+      "-c",
+      `${enter}exec "$0" "$@"`,
+      process.execPath,
+      import.meta.path,
+      planPath,
+      ...(tracePath === undefined ? [] : [tracePath]),
+    ],
     {
       stdin: "pipe",
       stdout: "pipe",
@@ -138,9 +152,14 @@ async function answer(engine: Engine, { promptTokens, tokens, seed }: Question):
 }
 
 if (import.meta.main) {
-  const plan = JSON.parse(readFileSync(process.argv[2] as string, "utf8")) as Plan;
+  const [, , planPath = "", tracePath] = process.argv;
+  const plan = JSON.parse(readFileSync(planPath, "utf8")) as Plan;
   const started = performance.now();
-  const engine = await openEngine(plan);
+  const trace =
+    tracePath === undefined || plan.streaming === null
+      ? {}
+      : { trace: { path: tracePath, header: JSON.stringify(traceHeader(plan, plan.streaming)) } };
+  const engine = await openEngine(plan, trace);
   console.log(JSON.stringify({ openSeconds: (performance.now() - started) / 1000 }));
   for await (const line of createInterface({ input: process.stdin })) {
     console.log(JSON.stringify(await answer(engine, JSON.parse(line) as Question)));
