@@ -44,6 +44,8 @@ export interface RunReport {
   /** Bytes that the kernel fetched from storage for this process; null where it does not tell. */
   readonly storageBytes: { readonly load: number; readonly prompt: number; readonly decode: number } | null;
   readonly majorFaults: number;
+  /** Time of processors while decoding, all threads together. */
+  readonly processorSeconds: number;
   readonly peakBytes: number;
 }
 
@@ -129,6 +131,8 @@ export interface RunFigures {
   readonly reads: ReadFigures;
   /** Of the disk's time while decoding; null where it is not known. */
   readonly diskBusyShare: number | null;
+  /** Of all processors' time while decoding, what other programs had; null where it is not known. */
+  readonly othersShare: number | null;
   readonly majorFaults: number;
   readonly tokenSeconds: readonly number[];
 }
@@ -192,6 +196,8 @@ export interface Seen {
   readonly groupPeakBytes: number | null;
   /** Of the volume's device, whoever read, while tokens were decoded. */
   readonly deviceBusySeconds: number | null;
+  /** Of all processors, whoever used them, and the virtual machine's host, in the same time. */
+  readonly processors: { readonly busySeconds: number; readonly count: number } | null;
 }
 
 /** The kernel counts a device's time in milliseconds, and the parent sees the run a little late. */
@@ -227,10 +233,19 @@ export function figuresOf(report: RunReport, seen: Seen): RunFigures {
           ? null
           : streaming.kernelBytes / (streaming.readingNs / 1e9),
     },
+    othersShare: othersShareOf(report, seen, seconds),
     diskBusyShare: busySeconds === null ? null : Math.min(1, busySeconds / seconds),
     majorFaults: report.majorFaults,
     tokenSeconds,
   };
+}
+
+function othersShareOf({ processorSeconds }: RunReport, seen: Seen, seconds: number): number | null {
+  if (seen.processors === null || seconds < leastBusySeconds) {
+    return null;
+  }
+  const { busySeconds, count } = seen.processors;
+  return Math.min(1, Math.max(0, (busySeconds - processorSeconds) / (seconds * count)));
 }
 
 // ---- the bound ---------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ const rows: readonly Row[] = [
     value: (one) => (one.reads.oursBytes === null ? null : one.reads.stallShare),
     text: percentText,
   },
+  { name: "others' load", value: (one) => one.othersShare ?? null, text: percentText },
   { name: "disk busy", value: (one) => one.diskBusyShare, text: percentText },
   {
     name: "bound tok/s",

@@ -22,6 +22,7 @@ import {
   type RunSettings,
   ratioOf,
   recordVersion,
+  type Seen,
   type Side,
 } from "../bench";
 import { keepRecord, readRecords } from "../bench-records";
@@ -463,7 +464,7 @@ async function oneRun(setting: Setting, run: PlannedRun, place: RunPlace): Promi
   };
   group?.resetPeak();
   const startedAt = new Date().toISOString();
-  let busyAtFirst: number | null = null;
+  let atFirst: Busy = { deviceSeconds: null, processors: null };
   let firstAt = 0;
   const end = await runOrder(order, {
     signal: place.signal,
@@ -471,18 +472,14 @@ async function oneRun(setting: Setting, run: PlannedRun, place: RunPlace): Promi
     onLoaded: () => status(`${label}: reading the prompt`),
     onToken: (count) => {
       if (count === 1) {
-        busyAtFirst = deviceBusySeconds(file.path);
+        atFirst = busyNow(file.path);
         firstAt = performance.now();
       }
       const rate = count < 2 ? "" : `, ${rateText((count - 1) / ((performance.now() - firstAt) / 1000))}`;
       status(`${label}: ${count} of ${settings.maxTokens} tokens${rate}`);
     },
   });
-  const busyAtEnd = deviceBusySeconds(file.path);
-  const seen = {
-    groupPeakBytes: group?.peakBytes() ?? null,
-    deviceBusySeconds: busyAtFirst === null || busyAtEnd === null ? null : busyAtEnd - busyAtFirst,
-  };
+  const seen = { groupPeakBytes: group?.peakBytes() ?? null, ...busySince(atFirst, busyNow(file.path)) };
   const { ceilings } = setting;
   const outcome: Outcome = end.status === "reported" ? outcomeOf(end.report, seen, { plan, ceilings }) : end;
   const { tensors: _, ...kept } = plan;
@@ -511,6 +508,43 @@ async function cached(file: ModelFile, drop: boolean, signal: AbortSignal): Prom
     return (data as { readonly cachedBytes: number | null }).cachedBytes;
   }
   return null;
+}
+
+/** How long things have been busy since the machine started, whoever used them; null where that is unknown. */
+interface Busy {
+  readonly deviceSeconds: number | null;
+  readonly processors: Seen["processors"];
+}
+
+function busyNow(path: string): Busy {
+  return { deviceSeconds: deviceBusySeconds(path), processors: processorsBusy() };
+}
+
+function busySince(before: Busy, after: Busy): Pick<Seen, "deviceBusySeconds" | "processors"> {
+  const since = (from: number | null, to: number | null): number | null =>
+    from === null || to === null ? null : to - from;
+  const busySeconds = since(before.processors?.busySeconds ?? null, after.processors?.busySeconds ?? null);
+  return {
+    deviceBusySeconds: since(before.deviceSeconds, after.deviceSeconds),
+    processors: busySeconds === null ? null : { busySeconds, count: after.processors?.count ?? 1 },
+  };
+}
+
+/** The unit of /proc/stat, USER_HZ, is 100 on every Linux that programs see. */
+const ticksPerSecond = 100;
+
+function processorsBusy(): Busy["processors"] {
+  try {
+    const lines = readFileSync("/proc/stat", "utf8").split("\n");
+    const ticks = (lines[0] ?? "").trim().split(/\s+/).slice(1).map(Number);
+    const [user = 0, nice = 0, system = 0, , , interrupts = 0, softInterrupts = 0, stolen = 0] = ticks;
+    return {
+      busySeconds: (user + nice + system + interrupts + softInterrupts + stolen) / ticksPerSecond,
+      count: lines.filter((line) => /^cpu\d/.test(line)).length,
+    };
+  } catch {
+    return null; // no such file on this system
+  }
 }
 
 /** How long the device of the file has been busy since the machine started, whoever used it; null where unknown. */
@@ -580,10 +614,13 @@ function sayPlans({ plans, settings, model, ceilings }: Setting): void {
   }
 }
 
+/** What is left to others on an idle machine: the benchmark's own parent, and the system. */
+const mostOthersShare = 0.1;
+
 function sayOutcome(record: RunRecord): void {
   clearStatus();
   const { outcome, side, state, cachedBytes, model } = record;
-  const head = `${String(record.index + 1).padStart(2)}. ${side.padEnd(8)} ${state}`;
+  const head = `run ${String(record.index + 1).padEnd(2)} ${side.padEnd(8)} ${state}`;
   const rest = (cachedBytes ?? 0) / model.bytes;
   if (state === "cold" && cachedBytes === null) {
     consola.warn("this system does not tell what the page cache holds: cold may be less cold than it says");
@@ -594,11 +631,16 @@ function sayOutcome(record: RunRecord): void {
   }
   switch (outcome.status) {
     case "finished": {
-      const { decodeTokensPerSecond: rate, firstTokenSeconds, isCutShort } = outcome.figures;
+      const { decodeTokensPerSecond: rate, firstTokenSeconds, isCutShort, othersShare } = outcome.figures;
       const cut = isCutShort ? " (cut short by --seconds)" : "";
       consola.info(
         `${head}: ${rateText(rate.median)}, first token after ${durationText(firstTokenSeconds)}${cut}`,
       );
+      if ((othersShare ?? 0) > mostOthersShare) {
+        consola.warn(
+          `other programs had ${Math.round(100 * (othersShare ?? 0))} % of the processors meanwhile: this figure is theirs too`,
+        );
+      }
       return;
     }
     case "refused":

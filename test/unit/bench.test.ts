@@ -35,7 +35,7 @@ const streamingPlan = { ...residentPlan, streaming: { reader: { direct: true } }
 function volume(volumeBytesPerSecond: number | null): Ceilings {
   return { volumeBytesPerSecond, memory: null };
 }
-const unseen = { groupPeakBytes: null, deviceBusySeconds: null };
+const unseen = { groupPeakBytes: null, deviceBusySeconds: null, processors: null };
 
 /** 100 tokens of 0.1 s; 50 MB read for each, under way for `readingShare` of the time. */
 function report(changes: Partial<RunReport> = {}, counters: Partial<StreamingCounters> = {}): RunReport {
@@ -60,6 +60,7 @@ function report(changes: Partial<RunReport> = {}, counters: Partial<StreamingCou
     } as StreamingCounters,
     storageBytes: { load: 1e9, prompt: 2e9, decode: 5e9 },
     majorFaults: 0,
+    processorSeconds: 16,
     peakBytes: 1.8e9,
     ...changes,
   };
@@ -82,7 +83,7 @@ describe("figures", () => {
   });
 
   test("of a run", () => {
-    const figures = figuresOf(report(), { groupPeakBytes: 2e9, deviceBusySeconds: 9 });
+    const figures = figuresOf(report(), { ...unseen, groupPeakBytes: 2e9, deviceBusySeconds: 9 });
     expect(figures.decodeTokensPerSecond.median).toBeCloseTo(10);
     expect(figures.promptTokensPerSecond).toBeCloseTo(40);
     expect(figures.distinctShare).toBeCloseTo(0.6);
@@ -94,10 +95,18 @@ describe("figures", () => {
   });
 
   test("of a resident run: the device's clock, if the run was long enough", () => {
-    const seen = { groupPeakBytes: null, deviceBusySeconds: 5 };
+    const seen = { ...unseen, deviceBusySeconds: 5 };
     expect(figuresOf(report({ streaming: null }), seen).diskBusyShare).toBeCloseTo(0.5);
     expect(figuresOf(report({ streaming: null, tokenSeconds: [0.1, 0.1] }), seen).diskBusyShare).toBeNull();
   });
+});
+
+test("what other programs had of the processors", () => {
+  const share = (busySeconds: number): number | null =>
+    figuresOf(report(), { ...unseen, processors: { busySeconds, count: 4 } }).othersShare;
+  expect(share(20)).toBeCloseTo(0.1); // 4 s of 10 s on 4 processors
+  expect(share(15.9)).toBe(0); // the kernel's clock is coarse
+  expect(figuresOf(report(), unseen).othersShare).toBeNull();
 });
 
 describe("the bound", () => {
