@@ -699,7 +699,8 @@ async function showHistory(flags: Flags): Promise<void> {
   const wanted = flags.model === undefined ? null : hashOf(openModelFile(flags.model));
   const records = wanted === null ? all : all.filter((record) => record.model.hash === wanted);
   if (unreadable > 0) {
-    consola.warn(`${unreadable} records are damaged or of another version, and left out`);
+    const verb = unreadable === 1 ? "is" : "are";
+    consola.warn(`${plural(unreadable, "record")} ${verb} damaged or of another version, and left out`);
   }
   if (flags.json === true) {
     await print(`${JSON.stringify({ records })}\n`);
