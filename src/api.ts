@@ -4,6 +4,7 @@
 
 import { availableParallelism } from "node:os";
 import { basename } from "node:path";
+import { planWithDraft } from "./draft";
 import { type Engine, openEngine } from "./engine";
 import { HypuraError } from "./errors";
 import {
@@ -94,9 +95,11 @@ export async function open(path: string, options: ModelOptions = {}): Promise<Mo
 export function prepare(
   path: string,
   limits: PlanLimits = noLimits,
+  machine: Machine = readMachine(),
+  knowledge: Knowledge = {},
 ): { readonly file: ModelFile; readonly plan: Plan } {
   const file = openModelFile(path);
-  return { file, plan: planOf(file, limits) };
+  return { file, plan: planOf(file, limits, machine, knowledge) };
 }
 
 /** How the model in `file` runs on this machine. Throws where it cannot. */
@@ -120,7 +123,8 @@ export function planOf(
     );
   }
   const name = basename(file.path).replace(/(-00001-of-\d{5})?\.gguf$/i, "");
-  return makePlan({ name, files: file.files, model: file.model }, machine, limits, knowledge);
+  const subject = { name, files: file.files, model: file.model };
+  return planWithDraft(file, limits, (all) => makePlan(subject, machine, all, knowledge));
 }
 
 /** The model that an open engine holds. */

@@ -19,7 +19,8 @@ import { countersSince, layersOf, layersText, type StreamingCounters, streamingT
 import { bytesText, countText, durationText } from "../text";
 import { traceHeader } from "../trace";
 import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
-import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut } from "./command";
+import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut, warnOfDraft } from "./command";
+import { placeOf } from "./inspect";
 import { print, stderr, tell } from "./terminal";
 
 const args = {
@@ -88,7 +89,7 @@ export const runCommand = command(
       const flags = given as Flags;
       const options = generateOptions(flags, rawArgs);
       const isChat = wantsChat(flags);
-      const { plan, trainedContextTokens, hasChatTemplate } = prepareRun(flags, isChat);
+      const { plan, trainedContextTokens, hasChatTemplate } = await prepareRun(flags, isChat);
       const prompt = await readPrompt(flags, isChat);
       await using engine = await open(plan, flags);
       if (isChat) {
@@ -179,11 +180,15 @@ interface Prepared {
 }
 
 /** The plan of this run, said where it is not what was asked for. */
-function prepareRun(flags: Flags, isChat: boolean): Prepared {
+async function prepareRun(flags: Flags, isChat: boolean): Promise<Prepared> {
   const limits = limitsOf(flags);
-  const { file, plan } = prepare(flags.model as string, limits);
+  const path = flags.model as string;
+  // As `inspect` plans, with what was measured and what earlier runs showed.
+  const { machine, knowledge } = await placeOf(path, undefined);
+  const { file, plan } = prepare(path, limits, machine, knowledge);
   const { trainedContextTokens, hasChatTemplate } = file.model;
   warnOfCut(limits, plan);
+  warnOfDraft(limits, plan);
   if (!hasChatTemplate && isChat) {
     throw new HypuraError(
       "unsupported-model",

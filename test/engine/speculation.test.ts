@@ -3,12 +3,15 @@
 // pass of guesses leaves nothing behind.
 
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
-import { mkdtempSync, rmSync } from "node:fs";
+import { copyFileSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { planOf as planOfApi } from "../../src/api";
+import { differenceOf, openDraft } from "../../src/draft";
 import { type Engine, openEngine } from "../../src/engine";
 import { HypuraError } from "../../src/errors";
-import type { Plan, Speculation } from "../../src/plan";
+import { openModelFile, readMetadataArray } from "../../src/modelfile";
+import { noLimits, type Plan, type Speculation, totalBytes } from "../../src/plan";
 import { validatePlan } from "../../src/plan-json";
 import { makeFixture } from "../fixtures";
 import { openRandom, type Random } from "../fixtures/random";
@@ -89,6 +92,10 @@ async function tellAll(plan: Plan, asked: readonly Question[], margins: boolean)
   return told;
 }
 
+function sumOf(told: readonly Told[], field: "drafted" | "accepted"): number {
+  return told.reduce((sum, one) => sum + one[field], 0);
+}
+
 const cases = kinds.flatMap((kind) =>
   [1, 4].flatMap((slots) => [3, 15].map((most) => [kind, slots, most] as const)),
 );
@@ -113,10 +120,8 @@ describe("greedy text is the text without guesses", () => {
       ties += comparison.kind === "tie" ? 1 : 0;
       expect(one.accepted).toBeLessThanOrEqual(one.drafted);
     }
-    const sum = (pick: (one: Told) => number) => told.reduce((all, one) => all + pick(one), 0);
-    expect(sum((one) => one.drafted)).toBeGreaterThan(0);
-    expect(sum((one) => one.accepted)).toBeGreaterThan(0);
-    expect(sum((one) => one.accepted)).toBeLessThan(sum((one) => one.drafted)); // some were wrong
+    expect(sumOf(told, "accepted")).toBeGreaterThan(0);
+    expect(sumOf(told, "accepted")).toBeLessThan(sumOf(told, "drafted")); // some were wrong
     expect(expected.every((one) => one.drafted === 0)).toBe(true);
   });
 
@@ -226,11 +231,90 @@ describe("sampling keeps its distribution", () => {
     // What the guesses would give if they were believed unseen is told apart, too.
     const believed = new Map(withGuesses.counts);
     const [likeliest = ""] = [...believed].sort(([, a], [, b]) => b - a)[0] ?? [];
-    believed.set(likeliest, (believed.get(likeliest) ?? 0) + sampleCount / 10);
+    believed.set(likeliest, (believed.get(likeliest) ?? 0) + sampleCount / 5);
     expect(distance(without.counts, believed)).toBeGreaterThan(4);
     // Guesses are compared with what the sampler draws anyway, so that a seed gives the text that it gives without.
     const same = sameSeeds.texts.filter((text, i) => text === without.texts[i]).length;
     expect(same / sampleCount).toBeGreaterThan(0.98); // rounding moves a draw at the edge of two tokens
+  });
+});
+
+// ---- a draft model --------------------------------------------------------------------------------------------
+
+describe("a draft model", () => {
+  let twin = "";
+  let other = "";
+  beforeAll(async () => {
+    twin = join(folder, "twin.gguf");
+    copyFileSync(models.get("tiny-llama") ?? "", twin);
+    [other = ""] = await makeFixture("tiny-llama", join(folder, "other.gguf"), { seed: 9, layers: 2 });
+  });
+
+  const withDraft = (slotCount: number, draftPath: string): Plan => {
+    const plan = streamingPlan("tiny-llama", slotCount, 7);
+    return { ...plan, speculation: { ...guesses(7), fromContext: false, draftPath } };
+  };
+
+  test.each([1, 4])(
+    "that thinks as the model does is right, and one that does not changes nothing, %d slots",
+    async (slots) => {
+      // A draft knows nothing of the weights that a request puts on tokens.
+      const asked = questions(17).filter((question) => question.logit_bias === undefined);
+      const expected = await tellAll(streamingPlan("tiny-llama", 1, 0), asked, true);
+      for (const path of [twin, other]) {
+        const told = await tellAll(withDraft(slots, path), asked, false);
+        const kindsSeen = told.map((one, i) => compare(expected[i] as Told, one).kind);
+        expect(kindsSeen).not.toContain("different");
+        const share = sumOf(told, "accepted") / sumOf(told, "drafted");
+        expect(sumOf(told, "drafted")).toBeGreaterThan(50);
+        if (path === twin) expect(share).toBeGreaterThan(0.9);
+        else expect(share).toBeLessThan(0.9);
+      }
+    },
+  );
+
+  test("is asked for, found beside the model, and refused where its words are others", async () => {
+    const file = openModelFile(models.get("tiny-llama") ?? "");
+    expect(openDraft(file, other)).toMatchObject({ path: other, isAskedFor: true });
+    expect(() => openDraft(file, file.path)).toThrow(/names the model itself/);
+    expect(() => openDraft(file, join(folder, "none.gguf"))).toThrow(/there is no file/);
+    const [stranger = ""] = await makeFixture("tiny-gpt-oss", join(folder, "stranger", "stranger.gguf"));
+    expect(differenceOf(openModelFile(stranger), file)).toBeNull(); // all fixtures have one vocabulary
+    const bytes = readFileSync(other);
+    const words = readMetadataArray(file, "tokenizer.ggml.tokens") ?? [];
+    const word = words.find((one) => /^[a-z]{5}$/.test(String(one))) as string;
+    bytes.write("zzzzz", bytes.indexOf(word, bytes.indexOf("tokenizer.ggml.tokens")));
+    const wrong = join(folder, "wrong.gguf");
+    writeFileSync(wrong, bytes);
+    expect(() => openDraft(file, wrong)).toThrow(/cannot guess for "tiny-llama.gguf" \(token \d+ is "zzzzz"/);
+  });
+
+  test("takes its memory from the plan, and one that does not fit is said", async () => {
+    const path = models.get("tiny-llama") ?? "";
+    const limits = { mode: "stream", contextTokens: 512, slotCount: 1, threads: 1 } as const;
+    const file = openModelFile(path);
+    const plan = (memoryBytes: number | null, change: object = {}) =>
+      planOfApi(file, { ...noLimits, ...limits, memoryBytes, draftPath: twin, speculation: 4, ...change });
+    const { memory, speculation, choices } = plan(null);
+    expect(speculation).toMatchObject({ draftPath: twin, maxTokens: 4 });
+    expect(memory.draftBytes).toBeGreaterThan(openModelFile(twin).model.tensorBytes);
+    expect(choices.find(({ name }) => name === "draft")?.reason).toBe("asked for");
+    let least = totalBytes(memory);
+    for (let step = least / 2; step > 1000; step /= 2) {
+      const fits = ((): boolean => {
+        try {
+          plan(Math.floor(least - step), { draftPath: null });
+          return true;
+        } catch {
+          return false;
+        }
+      })();
+      least -= fits ? step : 0;
+    }
+    expect(() => plan(Math.floor(least + memory.draftBytes / 2))).toThrow(
+      /draft model twin.gguf does not fit/,
+    );
+    expect(() => plan(null, { speculation: "off" })).toThrow(/leave out one of them/);
   });
 });
 
