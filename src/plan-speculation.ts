@@ -14,8 +14,8 @@ import { bytesText, countText, durationText, rateText } from "./text";
  * (test/bench/NOTES.md).
  */
 const matchTokens = 2;
-/** Guesses where nothing was measured: on two cores a pass over a streamed 6 GB model took as long for 8 tokens as for 1. */
-const usualMaxTokens = 7;
+/** Where nothing was measured: on two cores a pass over a streamed 6 GB model took as long for 8 tokens as for 1. */
+const usualPassTokens = 8;
 const mostTokens = 15;
 /** A pass with guesses may take so much longer than one without (the bar of a pass of eight tokens). */
 const flatness = 1.1;
@@ -78,10 +78,15 @@ export function chooseSpeculation(facts: SpeculationFacts, batchTokens: number):
   if (model.kind === "mixture-of-experts") {
     return off("each guess reads experts of its own, and no own run showed a gain: try --speculation 4");
   }
+  const slotCount = limits.slotCount ?? 1;
   const depth = Math.min(room, flatTokens(facts));
-  return depth < 1
+  if (depth >= 1) {
+    const tokens = countText(slotCount * (depth + 1));
+    return on(depth, draft, `a pass of ${tokens} tokens reads what a pass of one reads`);
+  }
+  return slotCount === 1
     ? off("computing, not the disk, is what a pass takes")
-    : on(depth, draft, `a pass of ${depth + 1} tokens reads what a pass of one reads`);
+    : off(`${countText(slotCount)} requests share each pass already: more tokens in it would make it longer`);
 }
 
 function off(reason: string): SpeculationChoice {
@@ -141,22 +146,17 @@ function computeSeconds(model: Model, speeds: Speeds, tokens: number): number {
   }, 0);
 }
 
-/** Guesses with which a pass still takes about as long as without, by the measured speeds. */
-function flatTokens({
-  model,
-  placement,
-  speeds,
-}: Pick<SpeculationFacts, "model" | "placement" | "speeds">): number {
+/** Guesses of each slot with which a pass of all slots still takes about as long as without any. */
+function flatTokens({ model, placement, speeds, limits }: SpeculationFacts): number {
+  const slotCount = limits.slotCount ?? 1;
   if (speeds === null || speeds.storage === null) {
-    return usualMaxTokens;
+    return Math.max(0, Math.floor(usualPassTokens / slotCount) - 1);
   }
   const readSeconds = readBytes(placement) / speeds.storage.bestBytesPerSecond;
-  const one = Math.max(readSeconds, computeSeconds(model, speeds, 1));
+  const passSeconds = (guesses: number): number =>
+    Math.max(readSeconds, computeSeconds(model, speeds, slotCount * (1 + guesses)));
   let depth = 0;
-  while (
-    depth < mostTokens &&
-    Math.max(readSeconds, computeSeconds(model, speeds, depth + 2)) <= flatness * one
-  ) {
+  while (depth < mostTokens && passSeconds(depth + 1) <= flatness * passSeconds(0)) {
     depth++;
   }
   return depth;

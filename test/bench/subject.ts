@@ -25,10 +25,10 @@ export interface Figures {
   readonly writtenBytes: number;
 }
 
-export interface Subject extends AsyncDisposable {
+export interface Subject<Asked = Question, Told = Figures> extends AsyncDisposable {
   readonly name: string;
   readonly openSeconds: number;
-  ask(question: Question): Promise<Figures>;
+  ask(question: Asked): Promise<Told>;
   /** Times that the group's limit was hit, and the most it held; null outside a group. */
   groupFigures(): { readonly limitHits: number; readonly peakBytes: number } | null;
 }
@@ -45,8 +45,13 @@ export function canLimit(): boolean {
   }
 }
 
-/** Opens `plan` in a process of its own, under a memory limit where one is given. */
-export async function openSubject(name: string, plan: Plan, limitBytes: number | null): Promise<Subject> {
+/** Opens `plan` in a process of its own, under a memory limit where one is given; `program` is what it runs. */
+export async function openSubject<Asked = Question, Told = Figures>(
+  name: string,
+  plan: Plan,
+  limitBytes: number | null,
+  program = import.meta.path,
+): Promise<Subject<Asked, Told>> {
   const folder = `${group}/${process.pid}-${name.replace(/\W+/g, "-")}`;
   if (limitBytes !== null) {
     mkdirSync(folder);
@@ -55,14 +60,11 @@ export async function openSubject(name: string, plan: Plan, limitBytes: number |
   const planPath = `/tmp/hypura-bench-${process.pid}-${name.replace(/\W+/g, "-")}.json`;
   writeFileSync(planPath, JSON.stringify(plan));
   const enter = limitBytes === null ? "" : `echo $$ > ${folder}/cgroup.procs && `;
-  const child = Bun.spawn(
-    ["sh", "-c", `${enter}exec "$0" "$@"`, process.execPath, import.meta.path, planPath],
-    {
-      stdin: "pipe",
-      stdout: "pipe",
-      stderr: "inherit",
-    },
-  );
+  const child = Bun.spawn(["sh", "-c", `${enter}exec "$0" "$@"`, process.execPath, program, planPath], {
+    stdin: "pipe",
+    stdout: "pipe",
+    stderr: "inherit",
+  });
   const lines = linesOf(child.stdout);
   const next = async <Value>(): Promise<Value> => {
     const { value, done } = await lines.next();
@@ -78,7 +80,7 @@ export async function openSubject(name: string, plan: Plan, limitBytes: number |
     openSeconds,
     async ask(question) {
       child.stdin.write(`${JSON.stringify(question)}\n`);
-      return next<Figures>();
+      return next<Told>();
     },
     groupFigures: () =>
       limitBytes === null
@@ -94,7 +96,7 @@ export async function openSubject(name: string, plan: Plan, limitBytes: number |
   };
 }
 
-async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerator<string> {
+export async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerator<string> {
   const decoder = new TextDecoder();
   let rest = "";
   for await (const bytes of stream) {

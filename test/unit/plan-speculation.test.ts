@@ -53,6 +53,13 @@ describe("guesses", () => {
     expect(choose({ speeds: speeds(2) })).toBeNull();
   });
 
+  test("slots share a pass: together they guess no more than one would", () => {
+    expect(choose({}, { slotCount: 2 })?.maxTokens).toBe(3);
+    expect(choose({}, { slotCount: 8 })).toBeNull();
+    expect(choose({ speeds: speeds(0.1) }, { slotCount: 4 })?.maxTokens).toBe(1); // 8 of 10 tokens
+    expect(choose({}, { slotCount: 8, speculation: 2 })?.maxTokens).toBe(2);
+  });
+
   test("a person's word counts, within what a pass of all slots holds", () => {
     expect(choose({}, { speculation: "off" })).toBeNull();
     expect(choose({ model: experts, placement: resident }, { speculation: 3 })?.maxTokens).toBe(3);
