@@ -6,6 +6,7 @@ import { createHash } from "node:crypto";
 import { closeSync, openSync, readdirSync, readFileSync, readSync, statSync } from "node:fs";
 import { homedir } from "node:os";
 import { basename, join, resolve } from "node:path";
+import { planWithDraft } from "./draft";
 import { HypuraError } from "./errors";
 import { type GgufScalar, splitNames } from "./gguf";
 import type { KeptModel } from "./keeper";
@@ -227,7 +228,9 @@ export function planToServe(
   const subject = { name, files: file.files, model: file.model };
   const attempt = (contextTokens: number, mode: PlanLimits["mode"]): Plan | HypuraError => {
     try {
-      return makePlan(subject, machine, { ...limits, contextTokens, mode: mode ?? "auto" });
+      return planWithDraft(file, { ...limits, contextTokens, mode: mode ?? "auto" }, (all) =>
+        makePlan(subject, machine, all),
+      );
     } catch (error) {
       if (error instanceof HypuraError && error.code === "not-enough-memory") {
         return error;
