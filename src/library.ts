@@ -4,7 +4,6 @@
 
 import { createHash } from "node:crypto";
 import { closeSync, openSync, readdirSync, readFileSync, readSync, statSync } from "node:fs";
-import { homedir } from "node:os";
 import { basename, join, resolve } from "node:path";
 import { planWithDraft } from "./draft";
 import { HypuraError } from "./errors";
@@ -22,6 +21,7 @@ import {
   type StoredSettings,
 } from "./ollama-model";
 import { budgetOf, makePlan, type Plan, type PlanLimits } from "./plan";
+import { userHome } from "./state";
 
 /** A served model with what only this side of the wire needs. */
 export interface LibraryModel extends KeptModel {
@@ -45,7 +45,7 @@ export interface LibraryOptions {
 /** Where Ollama keeps its models. */
 export function ollamaStorePath(environment: Readonly<Record<string, string | undefined>>): string {
   const given = environment["OLLAMA_MODELS"];
-  return given === undefined || given === "" ? join(homedir(), ".ollama", "models") : given;
+  return given === undefined || given === "" ? join(userHome(), ".ollama", "models") : given;
 }
 
 /** Opens everything that is named. Throws where an argument is no model, or none of its models can run here. */
