@@ -20,11 +20,11 @@ beforeAll(async () => {
   const { endless } = await testModels(folder);
   const able = join(folder, "able.gguf");
   writeThinker(able);
-  servers.set("plain", startServer([endless], { name: "m" }));
-  servers.set("able", startServer([able], { name: "m" }));
+  servers.set("plain", await startServer([endless], { name: "m" }));
+  servers.set("able", await startServer([able], { name: "m" }));
   servers.set(
     "scripted",
-    startServer([able], {
+    await startServer([able], {
       name: "m",
       async open(plan, options) {
         const engine = await openChildEngine(plan, options);

@@ -55,11 +55,14 @@ export async function stopServers(): Promise<void> {
   started.clear();
 }
 
-export function startServer(words: readonly string[], options: TestServerOptions = {}): TestServer {
+export async function startServer(
+  words: readonly string[],
+  options: TestServerOptions = {},
+): Promise<TestServer> {
   const log: string[] = [];
   const write = (level: string, text: string): void => void log.push(`${level}: ${text}`);
   const parallel = options.parallel ?? 1;
-  const models = openLibrary(words, {
+  const models = await openLibrary(words, {
     limits: { ...noLimits, contextTokens: 1024, threads: 1, slotCount: parallel, ...options.limits },
     name: options.name ?? null,
     storePath: options.storePath ?? "",
