@@ -140,25 +140,44 @@ export async function engineOver(
 ): Promise<Engine> {
   const life = new EngineLife(transport, options);
   return life.ready.then(
-    (info): Engine => ({
-      plan,
-      info,
-      request: (route, body, signal) => life.request(route, body, signal),
-      async streaming() {
-        for await (const chunk of life.request("GET /streaming", {}, undefined)) {
-          return chunk.data as StreamingCounters | null;
-        }
-        return null;
-      },
-      activeRequests: () => transport.activeRequests(),
-      close: () => life.close(),
-      [Symbol.asyncDispose]: () => life.close(),
-    }),
+    async (info): Promise<Engine> => {
+      if (plan.speculation !== null && !(await guesses(life))) {
+        options.onWarning?.(
+          "llama.cpp guesses nothing for this model: each pass gives one token, and the draft model, if any, waits in vain",
+        );
+      }
+      return engineOf(life, transport, plan, info);
+    },
     async (error) => {
       await life.close();
       throw error;
     },
   );
+}
+
+/** Where the core cannot set up guessing it goes on without, and only its slots tell. */
+async function guesses(life: EngineLife): Promise<boolean> {
+  for await (const { data } of life.request("GET /slots", {}, undefined)) {
+    return (data as readonly { readonly speculative: boolean }[]).every((slot) => slot.speculative);
+  }
+  return false;
+}
+
+function engineOf(life: EngineLife, transport: EngineTransport, plan: Plan, info: EngineInfo): Engine {
+  return {
+    plan,
+    info,
+    request: (route, body, signal) => life.request(route, body, signal),
+    async streaming() {
+      for await (const chunk of life.request("GET /streaming", {}, undefined)) {
+        return chunk.data as StreamingCounters | null;
+      }
+      return null;
+    },
+    activeRequests: () => transport.activeRequests(),
+    close: () => life.close(),
+    [Symbol.asyncDispose]: () => life.close(),
+  };
 }
 
 /** Work of native code that needs no model (the table is in ffi/native/tasks.cpp); cancelled as a request is. */

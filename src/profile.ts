@@ -246,6 +246,12 @@ interface ProductFigures {
   readonly prefillNs: number;
 }
 
+/**
+ * Rounds over all types, some tenths of a second apart, of which each type's best counts: another program that computes
+ * at the same time can only slow a product down, and the figures are kept for a month.
+ */
+const productRounds = 3;
+
 async function measureProducts(machine: Machine, options: LoadOptions): Promise<readonly ProductSpeed[]> {
   const { run = runTask, signal, onProgress, seconds = defaultSeconds } = options;
   const body = {
@@ -257,27 +263,45 @@ async function measureProducts(machine: Machine, options: LoadOptions): Promise<
     rowElements: 4096,
     batchTokens: 512,
     batchRows: 1024,
-    durationNs: Math.round(seconds * shares.product * 1e9),
+    durationNs: Math.round(((seconds * shares.product) / productRounds) * 1e9),
   };
-  const products: ProductSpeed[] = [];
+  const best = new Map<string, ProductSpeed>();
+  const steps = productRounds * measuredTypes.length;
+  let step = 0;
   const tell = (): void => {
-    const next = measuredTypes[products.length];
-    const done = products.length / measuredTypes.length;
-    if (next !== undefined) {
-      onProgress?.(`products with ${next}`, progressOf.copy + (progressOf.products - progressOf.copy) * done);
+    const next = measuredTypes[step % measuredTypes.length];
+    if (step < steps) {
+      const fraction = progressOf.copy + (progressOf.products - progressOf.copy) * (step / steps);
+      onProgress?.(`products with ${next}`, fraction);
     }
   };
-  tell();
-  for await (const { data } of run("products", body, signal)) {
-    const { typeName, decodeBytes, decodeNs, prefillFlops, prefillNs } = data as ProductFigures;
-    products.push({
-      typeName,
-      decodeBytesPerSecond: Math.round((decodeBytes / decodeNs) * 1e9),
-      prefillFlopsPerSecond: Math.round((prefillFlops / prefillNs) * 1e9),
-    });
+  for (let round = 0; round < productRounds; round++) {
     tell();
+    for await (const { data } of run("products", body, signal)) {
+      const speed = speedOf(data as ProductFigures);
+      const before = best.get(speed.typeName);
+      best.set(speed.typeName, before === undefined ? speed : fasterOf(before, speed));
+      step++;
+      tell();
+    }
   }
-  return products;
+  return [...best.values()];
+}
+
+function speedOf({ typeName, decodeBytes, decodeNs, prefillFlops, prefillNs }: ProductFigures): ProductSpeed {
+  return {
+    typeName,
+    decodeBytesPerSecond: Math.round((decodeBytes / decodeNs) * 1e9),
+    prefillFlopsPerSecond: Math.round((prefillFlops / prefillNs) * 1e9),
+  };
+}
+
+function fasterOf(one: ProductSpeed, other: ProductSpeed): ProductSpeed {
+  return {
+    typeName: one.typeName,
+    decodeBytesPerSecond: Math.max(one.decodeBytesPerSecond, other.decodeBytesPerSecond),
+    prefillFlopsPerSecond: Math.max(one.prefillFlopsPerSecond, other.prefillFlopsPerSecond),
+  };
 }
 
 /** The settings that a profile holds: direct and aligned. */
