@@ -1,5 +1,5 @@
-// The executable alone on an empty machine: a root that holds the C library, /proc (Bun does not start without it), and
-// nothing else: no shell, no Bun, no node, no compiler. Needs root for chroot and the mount, and says so without.
+// The executable alone on an empty machine: a root that holds the C library, /proc (Bun does not start without it),
+// /dev/urandom (the C++ library of releases asks it for seeds), and nothing else: no shell, no Bun, no node, no compiler. Needs root for chroot and the mount, and says so without.
 
 import { afterAll, describe, expect, test } from "bun:test";
 import { chmodSync, copyFileSync, mkdirSync, readdirSync } from "node:fs";
@@ -54,6 +54,9 @@ describe.skipIf(!isPossible || !isMounted())("on an empty machine", () => {
       chmodSync(join(empty, library), 0o755);
     }
     mkdirSync(join(empty, "tmp"));
+    mkdirSync(join(empty, "dev"));
+    const device = ["mknod", "-m", "444", join(empty, "dev", "urandom"), "c", "1", "9"];
+    expect(Bun.spawnSync(device).success).toBe(true);
     copyFileSync(executable, join(empty, "hypura"));
     chmodSync(join(empty, "hypura"), 0o755);
     copyFileSync(await tinyModel(folder), join(empty, "tiny.gguf"));
