@@ -96,6 +96,21 @@ const streaming = object({
     retryWaitNs: bytes,
   }),
   lookaheadStrides: whole(0, 0x7fff_ffff),
+  prediction: nullable(
+    object({
+      experts: whole(1, 1024),
+      routers: list(
+        object({
+          after: whole(0),
+          asked: list(whole(0), 1),
+          tensorIndex: whole(0),
+          normIndex: whole(0),
+          normBeforeIndex: whole(0),
+        }),
+        1,
+      ),
+    }),
+  ),
   hugePages: flag,
   touchThreads: whole(1, 512),
   spanWorkBytes: bytes,

@@ -26,6 +26,7 @@ import {
   type Solution,
   type TierSeconds,
 } from "./plan-place";
+import { choosePrediction } from "./plan-prediction";
 import { residentPlan } from "./plan-resident";
 import { chooseSpeculation } from "./plan-speculation";
 import {
@@ -274,6 +275,8 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
   const streamedBytes = placement.classes.reduce((sum, one) => sum + one.strideBytes * one.strideCount, 0);
   const residentBytes = more.ramBytes + more.gpuBytes - copiedOutputBytes(model, placement.gpuLayers);
   const lookahead = hasDense ? ringSlots : 0;
+  const tensors = streamedTensors(model, placement);
+  const expected = choosePrediction(model, tensors, classes);
   const guesses = chooseSpeculation(speculationFacts(task, placement), ubatchTokens);
   return {
     ...commonPart(task, placement, { context, sides: full, ubatchTokens }),
@@ -284,7 +287,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
     repack: false,
     loadMode: machine.hasDirectLoad ? "direct" : "read",
     streaming: {
-      tensors: streamedTensors(model, placement),
+      tensors,
       classes,
       reader: {
         threads: reader.threads,
@@ -295,6 +298,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
         retryWaitNs,
       },
       lookaheadStrides: lookahead,
+      prediction: expected.prediction,
       hugePages: true,
       touchThreads: machine.computeCores,
       spanWorkBytes,
@@ -344,6 +348,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
           ? "matrices in a ring, read ahead in the order of use"
           : "experts are known when the router has chosen",
       },
+      ...(expected.choice === null ? [] : [expected.choice]),
       {
         name: "reader",
         value: `${countText(reader.threads)} threads, pieces of ${bytesText(reader.pieceBytes)}`,
