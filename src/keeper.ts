@@ -16,7 +16,7 @@ import { serverBusy } from "./wire-error";
 export interface KeptModel {
   readonly name: string;
   /** How it runs on what is free now. Throws where it cannot. */
-  plan(): Plan;
+  plan(): Plan | Promise<Plan>;
 }
 
 export type Log = (level: "info" | "warn" | "error" | "debug", text: string) => void;
@@ -51,6 +51,10 @@ export interface Lease<Kept extends KeptModel> {
   request(route: string, body: object): AsyncGenerator<EngineChunk, void>;
   /** The data of the only chunk of an answer. */
   ask(route: string, body: object): Promise<unknown>;
+  /** Whether nobody else was inside since it was given, so that its times are the model's own. */
+  isAlone(): boolean;
+  /** What streaming did since the model was loaded; null where all of it is in memory. */
+  streaming(): Promise<StreamingCounters | null>;
   /** Idempotent. */
   release(): void;
 }
@@ -147,11 +151,7 @@ export class Keeper<Kept extends KeptModel> {
 
   /** Null where no model is loaded, or all of it is in memory. */
   async streaming(): Promise<StreamingCounters | null> {
-    const loaded = this.#loaded;
-    if (loaded === undefined || loaded.plan.streaming === null) {
-      return null;
-    }
-    return loaded.engine.streaming().catch(() => null); // it was unloaded meanwhile
+    return this.#loaded === undefined ? null : streamingOf(this.#loaded);
   }
 
   counts(): KeeperCounts {
@@ -226,6 +226,7 @@ export class Keeper<Kept extends KeptModel> {
     signal.removeEventListener("abort", waiter.onAbort);
     loaded.keepAliveSeconds = keepAliveSeconds ?? loaded.keepAliveSeconds;
     loaded.stopTimer();
+    loaded.entryCount++;
     const lease = new EngineLease(loaded, signal, {
       onRelease: () => {
         loaded.leases.delete(lease);
@@ -258,7 +259,7 @@ export class Keeper<Kept extends KeptModel> {
     this.#isLoading = true;
     try {
       await Promise.resolve(); // the caller's state is set before anything can fail
-      const plan = model.plan();
+      const plan = await model.plan();
       log("info", `loading ${model.name} (${plan.mode}, ${plan.contextTokens} tokens of context)`);
       let loaded: Loaded<Kept> | undefined;
       let isGone = false;
@@ -345,6 +346,10 @@ function cancelled(): HypuraError {
   return new HypuraError("cancelled", "the request was cancelled");
 }
 
+async function streamingOf({ plan, engine }: Loaded<KeptModel>): Promise<StreamingCounters | null> {
+  return plan.streaming === null ? null : engine.streaming().catch(() => null); // it was unloaded meanwhile
+}
+
 /** A model in memory, and who uses it. */
 class Loaded<Kept extends KeptModel> {
   readonly model: Kept;
@@ -352,6 +357,8 @@ class Loaded<Kept extends KeptModel> {
   readonly engine: ChildEngine;
   readonly leases = new Set<EngineLease<Kept>>();
   keepAliveSeconds: number;
+  /** Leases so far. */
+  entryCount = 0;
   /** Set while it is idle. */
   expiresAtMs: number | undefined;
   #timer: ReturnType<typeof setTimeout> | undefined;
@@ -399,6 +406,8 @@ class EngineLease<Kept extends KeptModel> implements Lease<Kept> {
   readonly #loaded: Loaded<Kept>;
   readonly #signal: AbortSignal;
   readonly #hooks: { readonly onRelease: () => void; readonly onRetry: (error: Error) => void };
+  /** Its number, where it found nobody inside. */
+  readonly #aloneEntry: number | null;
   #released = false;
 
   constructor(
@@ -409,6 +418,7 @@ class EngineLease<Kept extends KeptModel> implements Lease<Kept> {
     this.#loaded = loaded;
     this.#signal = signal;
     this.#hooks = hooks;
+    this.#aloneEntry = loaded.insideCount() === 0 ? loaded.entryCount : null;
   }
 
   get model(): Kept {
@@ -450,6 +460,14 @@ class EngineLease<Kept extends KeptModel> implements Lease<Kept> {
       data = chunk.data;
     }
     return data;
+  }
+
+  isAlone(): boolean {
+    return this.#aloneEntry === this.#loaded.entryCount;
+  }
+
+  streaming(): Promise<StreamingCounters | null> {
+    return streamingOf(this.#loaded);
   }
 
   release(): void {

@@ -166,7 +166,13 @@ const plan = object({
     }),
   ),
   slotFolder: nullable(text),
-  memory: object({ ...memory, poolBytes: bytes, streamingBytes: bytes, processBytes: bytes }),
+  memory: object({
+    ...memory,
+    poolBytes: bytes,
+    streamingBytes: bytes,
+    draftBytes: bytes,
+    processBytes: bytes,
+  }),
   gpuMemory: nullable(object(memory)),
   longestContextTokens: whole(0),
   estimate,
@@ -188,6 +194,10 @@ export function validatePlan(json: unknown): Plan {
   }
   plan(inner, "");
   const value = inner as Plan;
+  const verified = value.slotCount * (1 + (value.speculation?.maxTokens ?? 0));
+  if (value.batchTokens < verified) {
+    throw wrong("batchTokens", `at least ${verified}, each slot's token and its guesses`, value.batchTokens);
+  }
   for (const [index, one] of (value.streaming?.tensors ?? []).entries()) {
     const tensor = value.tensors[one.tensorIndex];
     const strideBytes = value.streaming?.classes[one.classIndex]?.strideBytes;

@@ -42,6 +42,7 @@ import {
   noGpu,
   roomOf,
   type Sides,
+  speculationFacts,
   type Task,
   threadChoice,
   useOf,
@@ -276,7 +277,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
   const streamedBytes = placement.classes.reduce((sum, one) => sum + one.strideBytes * one.strideCount, 0);
   const residentBytes = more.ramBytes + more.gpuBytes - copiedOutputBytes(model, placement.gpuLayers);
   const lookahead = hasDense ? ringSlots : 0;
-  const guesses = chooseSpeculation({ ...task, placement }, ubatchTokens);
+  const guesses = chooseSpeculation(speculationFacts(task, placement), ubatchTokens);
   return {
     ...commonPart(task, placement, { context, sides: full, ubatchTokens }),
     mode,

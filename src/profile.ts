@@ -64,6 +64,16 @@ function keep(profile: MachineProfile, now: number): void {
   }
 }
 
+/** What was measured holds for this process also where it cannot be kept. */
+function keepOrSay(profile: MachineProfile, { now = Date.now(), onNote }: LoadOptions): void {
+  try {
+    keep(profile, now);
+  } catch (error) {
+    if (!(error instanceof HypuraError)) throw error;
+    onNote?.(`the figures are not kept, and the next command measures again: ${error.message}`);
+  }
+}
+
 /** The types that models are made of; for another one the planner takes the nearest in bits. */
 const measuredTypes = ["f16", "q8_0", "q4_0", "q4_K", "q5_K", "q6_K", "iq4_xs", "mxfp4"] as const;
 
@@ -84,7 +94,7 @@ export async function loadMachine(options: LoadOptions): Promise<Machine> {
   const storage = needsAll || known === undefined ? await measureVolume(options) : known;
   const profile = { ...base, storage: storage === null ? others : [storage, ...others] };
   if (profile !== kept && (needsAll || storage !== known)) {
-    keep(profile, options.now ?? Date.now());
+    keepOrSay(profile, options);
   }
   return { ...machine, profile: forVolume(profile, volume) };
 }

@@ -438,7 +438,7 @@ void set_speculation(common_params & p, const PlanSpeculation & s) {
         p.speculative.draft.p_min = static_cast<float>(s.draft_probability);
         p.speculative.draft.cpuparams = p.cpuparams;
         p.speculative.draft.cpuparams_batch = p.cpuparams_batch;
-        p.speculative.draft.n_gpu_layers = p.n_gpu_layers;
+        p.speculative.draft.n_gpu_layers = 0; // the plan gives it memory of the processor's side
         p.speculative.draft.cache_type_k = p.cache_type_k;
         p.speculative.draft.cache_type_v = p.cache_type_v;
         p.speculative.draft.backend_sampling = false;

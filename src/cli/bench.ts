@@ -65,6 +65,8 @@ const args = {
   threads: limitArgs.threads,
   mode: limitArgs.mode,
   "kv-type": limitArgs["kv-type"],
+  speculation: limitArgs.speculation,
+  draft: limitArgs.draft,
   "gpu-memory": limitArgs["gpu-memory"],
   "prompt-tokens": {
     type: "string",

@@ -15,12 +15,11 @@ import {
 } from "../generate";
 import { type Plan, totalBytes } from "../plan";
 import { layersOf, layersText, streamingText } from "../streaming";
-import { type Surroundings, surroundingsOf } from "../surroundings";
 import { bytesText, countText, durationText } from "../text";
 import { traceHeader } from "../trace";
 import { interruptible, rememberAnswer, StreamingWatch, showAnswer, speedText, withAdvice } from "./answer";
-import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut } from "./command";
-import { measuring } from "./measuring";
+import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut, warnOfDraft } from "./command";
+import { measureOnce } from "./measuring";
 import { print, stderr, tell } from "./terminal";
 
 const args = {
@@ -185,6 +184,7 @@ async function prepareRun(flags: Flags, isChat: boolean): Promise<Prepared> {
   const { file, plan } = prepared;
   const { hasChatTemplate } = file.model;
   warnOfCut(limits, plan);
+  warnOfDraft(limits, plan);
   if (!hasChatTemplate && isChat) {
     throw new HypuraError(
       "unsupported-model",
@@ -202,19 +202,6 @@ async function prepareRun(flags: Flags, isChat: boolean): Promise<Prepared> {
     }
   }
   return prepared;
-}
-
-/** Before a plan that streams, where this machine was never measured. */
-function measureOnce(modelPath: string): Promise<Surroundings> {
-  consola.info("measuring this machine for the plan, once (`hypura profile` shows it)");
-  return measuring(({ signal, onProgress }) =>
-    surroundingsOf(modelPath, {
-      measure: "if-needed",
-      onNote: (note) => consola.warn(note),
-      onProgress,
-      signal,
-    }),
-  );
 }
 
 /** The text of the prompt; null where a chat begins without one. */

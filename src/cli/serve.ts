@@ -8,9 +8,10 @@ import { Keeper, type KeeperOptions, type Log } from "../keeper";
 import { type LibraryModel, ollamaStorePath, openLibrary } from "../library";
 import { type Plan, totalBytes } from "../plan";
 import { type Server, serve } from "../server";
-import { bytesText, countText, durationText, plural } from "../text";
+import { bytesText, countText, durationText, plural, rateText } from "../text";
 import { durationSeconds } from "../wire-body";
 import { command, limitArgs, limitsOf, numberFlag, positionalsOf, warnOfCut } from "./command";
+import { measureOnce } from "./measuring";
 import { traceOption } from "./run";
 import { print, tell } from "./terminal";
 
@@ -84,11 +85,12 @@ export const serveCommand = command(
       const flags = given as Flags;
       const settings = settingsOf(flags, process.env);
       const log = logOf(flags.verbose === true);
-      const models = openLibrary(positionalsOf(rawArgs), {
+      const models = await openLibrary(positionalsOf(rawArgs), {
         limits: settings.limits,
         name: flags.name ?? null,
         storePath: ollamaStorePath(process.env),
         onWarning: (sentence) => consola.warn(sentence),
+        measure: measureOnce,
       });
       const keeper = new Keeper<LibraryModel>({ ...settings, ...tracing(flags.trace, models, log), log });
       const server = serve({ ...settings, ...settings.address, models, keeper, log });
@@ -303,7 +305,14 @@ async function announce(
 }
 
 function factsOf(name: string, plan: Plan): object {
-  return { name, mode: plan.mode, contextTokens: plan.contextTokens, memoryBytes: totalBytes(plan.memory) };
+  const { decodeTokensPerSecond, prefillTokensPerSecond, basis } = plan.estimate;
+  return {
+    name,
+    mode: plan.mode,
+    contextTokens: plan.contextTokens,
+    memoryBytes: totalBytes(plan.memory),
+    predicted: { decodeTokensPerSecond, prefillTokensPerSecond, basis },
+  };
 }
 
 function endpointOf({ hostname, port }: Server): string {
@@ -315,7 +324,17 @@ function planText(plan: Plan, parallel: number): string {
   const { poolBytes } = plan.memory;
   const pool = poolBytes === 0 ? "" : `, a pool of ${bytesText(poolBytes)}`;
   const slots = parallel === 1 ? "" : ` for each of ${parallel} requests`;
-  return `${plan.mode}, ${bytesText(totalBytes(plan.memory))} of memory${pool}, ${countText(plan.contextTokens)} tokens of context${slots}`;
+  return `${plan.mode}, ${bytesText(totalBytes(plan.memory))} of memory${pool}, ${countText(plan.contextTokens)} tokens of context${slots}${speedText(plan)}`;
+}
+
+/** What to expect of one request: the prompt's speed decides how long an agent waits for a first word. */
+function speedText({ estimate }: Plan): string {
+  const { decodeTokensPerSecond: decode, prefillTokensPerSecond: prompt, basis, note } = estimate;
+  if (decode === null) {
+    return `, speed ${note}`;
+  }
+  const source = basis === "model" ? "" : ` (${note})`;
+  return `, ${rateText(decode)} predicted${source}${prompt === null ? "" : `, prompts at ${rateText(prompt)}`}`;
 }
 
 /** Until the server has ended, which a signal asks for; a second one ends the process at once. */

@@ -138,7 +138,7 @@ async function inGroup(resident: Subject, plan: Plan): Promise<void> {
 }
 
 async function askInGroup(resident: Subject, plan: Plan, tracePath: string): Promise<readonly Pair[]> {
-  await using streamed = await openSubject("streamed", plan, groupBytes, tracePath);
+  await using streamed = await openSubject("streamed", plan, groupBytes, { tracePath });
   await streamed.ask({ promptTokens: 16, tokens: 150, seed: 99 }); // the pool knows the router
   const pairs = await inTurns(streamed, resident, 16, 100);
   tellProcess(streamed, plan, pairs.at(-1)?.one as Figures);

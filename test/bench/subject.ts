@@ -26,10 +26,10 @@ export interface Figures {
   readonly writtenBytes: number;
 }
 
-export interface Subject extends AsyncDisposable {
+export interface Subject<Asked = Question, Told = Figures> extends AsyncDisposable {
   readonly name: string;
   readonly openSeconds: number;
-  ask(question: Question): Promise<Figures>;
+  ask(question: Asked): Promise<Told>;
   /** Times that the group's limit was hit, and the most it held; null outside a group. */
   groupFigures(): { readonly limitHits: number; readonly peakBytes: number } | null;
 }
@@ -46,13 +46,20 @@ export function canLimit(): boolean {
   }
 }
 
-/** Opens `plan` in a process of its own, under a memory limit and with a routing trace where they are given. */
-export async function openSubject(
+export interface SubjectOptions {
+  /** The module that is run as the process; this one by default. */
+  readonly program?: string;
+  /** Where a routing trace goes. */
+  readonly tracePath?: string;
+}
+
+/** Opens `plan` in a process of its own, under a memory limit where one is given. */
+export async function openSubject<Asked = Question, Told = Figures>(
   name: string,
   plan: Plan,
   limitBytes: number | null,
-  tracePath?: string,
-): Promise<Subject> {
+  { program = import.meta.path, tracePath }: SubjectOptions = {},
+): Promise<Subject<Asked, Told>> {
   const folder = `${group}/${process.pid}-${name.replace(/\W+/g, "-")}`;
   if (limitBytes !== null) {
     mkdirSync(folder);
@@ -61,22 +68,12 @@ export async function openSubject(
   const planPath = `/tmp/hypura-bench-${process.pid}-${name.replace(/\W+/g, "-")}.json`;
   writeFileSync(planPath, JSON.stringify(plan));
   const enter = limitBytes === null ? "" : `echo $$ > ${folder}/cgroup.procs && `;
-  const child = Bun.spawn(
-    [
-      "sh",
-      "-c",
-      `${enter}exec "$0" "$@"`,
-      process.execPath,
-      import.meta.path,
-      planPath,
-      ...(tracePath === undefined ? [] : [tracePath]),
-    ],
-    {
-      stdin: "pipe",
-      stdout: "pipe",
-      stderr: "inherit",
-    },
-  );
+  const words = [process.execPath, program, planPath, ...(tracePath === undefined ? [] : [tracePath])];
+  const child = Bun.spawn(["sh", "-c", `${enter}exec "$0" "$@"`, ...words], {
+    stdin: "pipe",
+    stdout: "pipe",
+    stderr: "inherit",
+  });
   const lines = linesOf(child.stdout);
   const next = async <Value>(): Promise<Value> => {
     const { value, done } = await lines.next();
@@ -92,7 +89,7 @@ export async function openSubject(
     openSeconds,
     async ask(question) {
       child.stdin.write(`${JSON.stringify(question)}\n`);
-      return next<Figures>();
+      return next<Told>();
     },
     groupFigures: () =>
       limitBytes === null
@@ -108,7 +105,7 @@ export async function openSubject(
   };
 }
 
-async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerator<string> {
+export async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerator<string> {
   const decoder = new TextDecoder();
   let rest = "";
   for await (const bytes of stream) {

@@ -154,6 +154,19 @@ describe("the profile", () => {
     }
   });
 
+  test("holds for this process also where it cannot be kept", async () => {
+    const before = process.env["HYPURA_HOME"];
+    process.env["HYPURA_HOME"] = "/proc/nowhere";
+    try {
+      const notes: string[] = [];
+      const { profile } = await loadMachine(options([], notes));
+      expect(profile?.products.length).toBe(8);
+      expect(notes.join()).toContain("the figures are not kept");
+    } finally {
+      process.env["HYPURA_HOME"] = before;
+    }
+  });
+
   test("is measured once, and then kept", async () => {
     const asked: string[] = [];
     const notes: string[] = [];
