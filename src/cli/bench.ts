@@ -415,7 +415,10 @@ async function measureVolume(file: ModelFile, signal: AbortSignal): Promise<numb
   return speed.bestBytesPerSecond;
 }
 
-/** The best of several short looks counts: another program's share is not the memory's limit. */
+/**
+ * The best of several short looks counts, by the time that the threads had a processor: what other programs took of it
+ * is not the memory's limit, and a bound that is too low would refuse what is true.
+ */
 const memoryLooks = { count: 5, seconds: 0.1, leastBytes: 268_435_456 } as const;
 
 /** What all processors together get from memory, only reading; null where the size of the caches is not known. */
@@ -433,8 +436,8 @@ async function measureMemory({ memory }: Machine, signal: AbortSignal): Promise<
   let bytesPerSecond = 0;
   for (let look = 0; look < memoryLooks.count; look++) {
     for await (const { data } of runTask("scan", body, signal)) {
-      const { bytes, ns } = data as { readonly bytes: number; readonly ns: number };
-      bytesPerSecond = Math.max(bytesPerSecond, (bytes / Math.max(1, ns)) * 1e9);
+      const { bytes, threadNs } = data as { readonly bytes: number; readonly threadNs: number };
+      bytesPerSecond = Math.max(bytesPerSecond, (bytes * logicalCores * 1e9) / Math.max(1, threadNs));
     }
   }
   return { bytesPerSecond, cacheBytes };
