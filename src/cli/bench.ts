@@ -11,6 +11,7 @@ import { planOf } from "../api";
 import {
   baselineDanger,
   type Ceilings,
+  higherOf,
   type MemoryCeiling,
   type Outcome,
   orderOfRuns,
@@ -342,10 +343,7 @@ async function prepareSetting(flags: Flags, file: ModelFile, given: Preparation)
     },
     prompt: promptOf(promptTokens, vocabularySize, types),
     plans,
-    ceilings: {
-      volumeBytesPerSecond: await measureVolume(file, signal),
-      memory: await measureMemory(profiled, signal),
-    },
+    ceilings: await measureCeilings(file, profiled, signal),
     group,
     profiled,
   };
@@ -394,6 +392,13 @@ function hashOf({ files, model }: ModelFile): string {
     closeSync(descriptor);
   }
   return hasher.digest("hex").slice(0, 32);
+}
+
+async function measureCeilings(file: ModelFile, machine: Machine, signal: AbortSignal): Promise<Ceilings> {
+  return {
+    volumeBytesPerSecond: await measureVolume(file, signal),
+    memory: await measureMemory(machine, signal),
+  };
 }
 
 const storageSeconds = 0.4;
@@ -485,8 +490,14 @@ async function oneRun(setting: Setting, run: PlannedRun, place: RunPlace): Promi
     },
   });
   const seen = { groupPeakBytes: group?.peakBytes() ?? null, ...busySince(atFirst, busyNow(file.path)) };
-  const { ceilings } = setting;
-  const outcome: Outcome = end.status === "reported" ? outcomeOf(end.report, seen, { plan, ceilings }) : end;
+  const judge = (ceilings: Ceilings): Outcome =>
+    end.status === "reported" ? outcomeOf(end.report, seen, { plan, ceilings }) : end;
+  const first = judge(setting.ceilings);
+  // What was measured while something else had the disk is measured once more, before a run is refused for it.
+  const outcome =
+    first.status === "refused"
+      ? judge(higherOf(setting.ceilings, await measureCeilings(file, setting.profiled, place.signal)))
+      : first;
   const { tensors: _, ...kept } = plan;
   return {
     version: recordVersion,
