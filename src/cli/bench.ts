@@ -175,7 +175,7 @@ async function bench(flags: Flags, file: ModelFile): Promise<void> {
   const group = groupBytes === null ? null : makeMemoryGroup(groupBytes);
   const records: RunRecord[] = [];
   try {
-    await interruptible(async (signal) => {
+    await endable(async (signal) => {
       const setting = await prepareSetting(flags, file, { plans, group, profiled: known.machine, signal });
       sayPlans(setting);
       const order = orderOfRuns(rounds, plans.baseline !== null);
@@ -208,6 +208,23 @@ async function bench(flags: Flags, file: ModelFile): Promise<void> {
     group?.remove();
   }
   await show(flags, records);
+}
+
+/** As `interruptible`, and ended by a service manager or a terminal that closes too: a control group would be left. */
+async function endable<Result>(work: (signal: AbortSignal) => Promise<Result>): Promise<Result> {
+  const end = new AbortController();
+  const onSignal = (): void => end.abort();
+  const signals = ["SIGTERM", "SIGHUP"] as const;
+  for (const name of signals) {
+    process.once(name, onSignal);
+  }
+  try {
+    return await interruptible((interrupt) => work(AbortSignal.any([interrupt, end.signal])));
+  } finally {
+    for (const name of signals) {
+      process.off(name, onSignal);
+    }
+  }
 }
 
 /** Where the trace of the last run goes: where it was asked for, or beside for the page alone. */

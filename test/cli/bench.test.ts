@@ -44,6 +44,13 @@ function mayLimit(): boolean {
   }
 }
 
+/** The control group that a benchmark of this process number makes. */
+function groupOf(processId: number): string {
+  const own = makeMemoryGroup(1_000_000_000);
+  own.remove();
+  return own.path.replace(String(process.pid), String(processId));
+}
+
 describe("bench", () => {
   test("both sides, cold and warm: a table, four records, a page", async () => {
     rmSync(join(home, "bench"), { recursive: true, force: true });
@@ -111,27 +118,35 @@ describe("bench", () => {
     rmSync(join(home, "bench", "0-broken.json"));
   });
 
-  test("Ctrl-C keeps the runs that are done and leaves no process", async () => {
-    rmSync(join(home, "bench"), { recursive: true, force: true });
-    const child = Bun.spawn(
-      [...program, "bench", dense, "--threads", "1", "--runs", "50", "--max-tokens", "30"],
-      {
-        env: { ...environment, ...env },
-        stdin: "ignore",
-        stdout: "pipe",
-        stderr: "pipe",
-      },
-    );
-    const isThere = (): true | undefined =>
-      existsSync(join(home, "bench")) && readdirSync(join(home, "bench")).length >= 2 ? true : undefined;
-    await eventually(isThere, () => "no two runs were kept");
-    child.kill("SIGINT");
-    const { status, stdout, stderr } = await outcomeOf(child);
-    expect(status).toBe(130);
-    expect(stderr).toMatch(/stopped: \d+ runs are done and kept/);
-    expect(stdout).toContain("decode tok/s");
-    expect(recordsIn().every((one) => one.outcome.status === "finished")).toBe(true);
-  }, 120_000);
+  test.each(["SIGINT", "SIGTERM"] as const)(
+    "%s keeps the runs that are done and leaves nothing",
+    async (name) => {
+      const limit = mayLimit() ? ["--memory", "1G"] : [];
+      rmSync(join(home, "bench"), { recursive: true, force: true });
+      const child = Bun.spawn(
+        [...program, "bench", dense, "--threads", "1", "--runs", "50", "--max-tokens", "30", ...limit],
+        {
+          env: { ...environment, ...env },
+          stdin: "ignore",
+          stdout: "pipe",
+          stderr: "pipe",
+        },
+      );
+      const isThere = (): true | undefined =>
+        existsSync(join(home, "bench")) && readdirSync(join(home, "bench")).length >= 2 ? true : undefined;
+      await eventually(isThere, () => "no two runs were kept");
+      const group = limit.length === 0 ? null : groupOf(child.pid);
+      expect(group === null || existsSync(group)).toBe(true);
+      child.kill(name);
+      const { status, stdout, stderr } = await outcomeOf(child);
+      expect(group !== null && existsSync(group)).toBe(false);
+      expect(status).toBe(130);
+      expect(stderr).toMatch(/stopped: \d+ runs are done and kept/);
+      expect(stdout).toContain("decode tok/s");
+      expect(recordsIn().every((one) => one.outcome.status === "finished")).toBe(true);
+    },
+    120_000,
+  );
 
   test("a plan from inspect is taken back, and one of another model is not", async () => {
     const plan = join(folder, "plan.json");
