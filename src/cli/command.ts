@@ -226,7 +226,7 @@ export const limitArgs = {
   draft: {
     type: "string",
     description:
-      "A small model of the same family that guesses for this one (one beside it, where that pays)",
+      "A small model of the same family that guesses (one beside it, where that pays)",
     valueHint: "FILE",
   },
   plan: {
