@@ -226,7 +226,7 @@ export const limitArgs = {
   draft: {
     type: "string",
     description:
-      "A small model of the same family that guesses (one beside it, where that pays)",
+      "A small model that guesses for this one (where it pays, one beside it)",
     valueHint: "FILE",
   },
   plan: {
