@@ -94,7 +94,7 @@ have allowed, whichever is less; reached: the share of it.</p>`,
     "<h2>Speed over tokens</h2>",
     speedPlot(records),
     ...(passages === null
-      ? ["<p>Nothing streamed in hypura's plan, so there is no pool to draw.</p>"]
+      ? ["<p>No run of hypura that streams was finished, so there is no pool to draw.</p>"]
       : [
           "<h2>Timeline of a token</h2>",
           timelinePlot(passages),

@@ -2,7 +2,16 @@
 // order of the runs, their safety and what is shown of them; a run is bench-run.ts's, its worth bench.ts's.
 
 import { randomBytes } from "node:crypto";
-import { closeSync, openSync, readFileSync, readSync, rmSync, statSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  existsSync,
+  openSync,
+  readFileSync,
+  readSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { consola } from "consola";
@@ -56,6 +65,8 @@ import { traceOption } from "./run";
 import { print, stderr, tell } from "./terminal";
 
 const defaults = { promptTokens: 128, maxTokens: 128, runs: 3, seconds: 60 } as const;
+/** Without --runs a benchmark takes no longer, where one round does not. */
+const usualSeconds = 110;
 const seed = 20_251_121;
 
 const args = {
@@ -82,7 +93,7 @@ const args = {
   },
   runs: {
     type: "string",
-    description: `Rounds; each is a cold and a warm run of each side (${defaults.runs})`,
+    description: `Rounds of a cold and a warm run of each side (${defaults.runs}, or fewer within 2 minutes)`,
     valueHint: "N",
   },
   seconds: {
@@ -174,25 +185,13 @@ async function bench(flags: Flags, file: ModelFile): Promise<void> {
   traceOption(plans.hypura as Plan, flags.trace); // refused now, not after all runs
   const group = groupBytes === null ? null : makeMemoryGroup(groupBytes);
   const records: RunRecord[] = [];
+  const mostSeconds = flags.runs === undefined ? usualSeconds : Number.POSITIVE_INFINITY;
   try {
     await endable(async (signal) => {
       const setting = await prepareSetting(flags, file, { plans, group, profiled: known.machine, signal });
       sayPlans(setting);
-      const order = orderOfRuns(rounds, plans.baseline !== null);
-      for (const [index, run] of order.entries()) {
-        const wantsTrace =
-          index === order.length - 1 && run.side === "hypura" && plans.hypura?.streaming !== null;
-        const record = await oneRun(setting, run, {
-          index,
-          count: order.length,
-          signal,
-          tracePath: wantsTrace ? traceFile(flags) : undefined,
-        });
-        records.push(record);
-        keepRecord(record);
-        tellPlanner(setting, record);
-        sayOutcome(record);
-      }
+      const tracePath = plans.hypura?.streaming === null ? undefined : traceFile(flags);
+      await runAll(setting, { rounds, mostSeconds, tracePath, signal }, records);
     });
   } catch (error) {
     if (!(error instanceof HypuraError && error.code === "cancelled")) {
@@ -208,6 +207,44 @@ async function bench(flags: Flags, file: ModelFile): Promise<void> {
     group?.remove();
   }
   await show(flags, records);
+}
+
+interface Course {
+  readonly rounds: number;
+  /** No round begins that would not be over by then, but for the first. */
+  readonly mostSeconds: number;
+  /** Of the last run of hypura in each round: the last round's stays. */
+  readonly tracePath: string | undefined;
+  readonly signal: AbortSignal;
+}
+
+/** What is over is in `records`, whatever comes after. */
+async function runAll(setting: Setting, course: Course, records: RunRecord[]): Promise<void> {
+  const { rounds, mostSeconds, tracePath, signal } = course;
+  const order = orderOfRuns(rounds, setting.plans.baseline !== null);
+  const started = performance.now();
+  for (const [index, run] of order.entries()) {
+    const seconds = (performance.now() - started) / 1000;
+    const isNewRound = index > 0 && run.round !== order[index - 1]?.round;
+    if (isNewRound && (seconds * (run.round + 1)) / run.round > mostSeconds) {
+      consola.info(
+        `${plural(run.round, "round")} took ${durationText(seconds)}: that is all, --runs ${rounds} does more`,
+      );
+      return;
+    }
+    const isLastOfRound = run.side === "hypura" && run.state === "warm";
+    const place = {
+      index,
+      count: order.length,
+      signal,
+      tracePath: isLastOfRound ? tracePath : undefined,
+    };
+    const record = await oneRun(setting, run, place);
+    records.push(record);
+    keepRecord(record);
+    tellPlanner(setting, record);
+    sayOutcome(record);
+  }
 }
 
 /** As `interruptible`, and ended by a service manager or a terminal that closes too: a control group would be left. */
@@ -227,7 +264,7 @@ async function endable<Result>(work: (signal: AbortSignal) => Promise<Result>): 
   }
 }
 
-/** Where the trace of the last run goes: where it was asked for, or beside for the page alone. */
+/** Where the trace of hypura's last run goes: where it was asked for, or beside for the page alone. */
 function traceFile(flags: Flags): string | undefined {
   return (
     flags.trace ??
@@ -706,7 +743,12 @@ async function show(flags: Flags, records: readonly RunRecord[]): Promise<void> 
 async function writePage(flags: Flags, path: string, records: readonly RunRecord[]): Promise<void> {
   const { benchPage, readPassages } = await import("../bench-page");
   const tracePath = traceFile(flags);
-  const passages = tracePath === undefined ? null : await readPassages(tracePath);
+  // A run that was stopped, or has nothing to stream, leaves none; and an older one is of other runs.
+  const isOfThese =
+    tracePath !== undefined &&
+    existsSync(tracePath) &&
+    statSync(tracePath).mtimeMs >= Date.parse(records[0]?.startedAt ?? "");
+  const passages = isOfThese ? await readPassages(tracePath) : null;
   if (tracePath !== undefined && flags.trace === undefined) {
     rmSync(tracePath, { force: true });
   }

@@ -225,8 +225,7 @@ export const limitArgs = {
   },
   draft: {
     type: "string",
-    description:
-      "A small model that guesses for this one (where it pays, one beside it)",
+    description: "A small model that guesses for this one (where it pays, one beside it)",
     valueHint: "FILE",
   },
   plan: {

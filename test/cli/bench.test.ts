@@ -97,8 +97,10 @@ describe("bench", () => {
   }, 120_000);
 
   test("--json is one object on stdout, --history lists what was kept", async () => {
-    const { status, stdout } = await hypura(["bench", dense, "--json", ...quick], { env });
+    const page = join(folder, "resident.html");
+    const { status, stdout } = await hypura(["bench", dense, "--json", ...quick, "--html", page], { env });
     expect(status).toBe(0);
+    expect(readFileSync(page, "utf8")).toContain("there is no pool to draw");
     const { records, ratios } = JSON.parse(stdout);
     expect([records.length, ratios]).toEqual([2, []]);
     const history = await hypura(["bench", "--history"], { env });
