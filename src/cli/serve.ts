@@ -59,7 +59,7 @@ const args = {
   mode: limitArgs.mode,
   trace: {
     type: "string",
-    description: "Write down which strides are asked for, for `hypura replay` (a later load: FILE.2 ...)",
+    description: "Write down what streams, for `hypura replay` (later loads: FILE.2 ...)",
     valueHint: "FILE",
   },
   json: { type: "boolean", description: "Print one JSON object on stdout once it listens" },
