@@ -15,7 +15,14 @@ import {
   type Prompt,
 } from "../generate";
 import { type Plan, totalBytes } from "../plan";
-import { countersSince, layersOf, layersText, type StreamingCounters, streamingText } from "../streaming";
+import {
+  countersSince,
+  guessSources,
+  layersOf,
+  layersText,
+  type StreamingCounters,
+  streamingText,
+} from "../streaming";
 import { bytesText, countText, durationText } from "../text";
 import { traceHeader } from "../trace";
 import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
@@ -353,6 +360,7 @@ async function answerOnce(
         seconds: generatedSeconds,
         drafted: draftedTokens,
         accepted: acceptedTokens,
+        sources: guessSources(plan),
       };
       consola.info(streamingText(streaming, decoded, plan.streaming.touchedBytesPerToken));
       if (verbose) {

@@ -55,6 +55,8 @@ const args = {
   threads: limitArgs.threads,
   memory: limitArgs.memory,
   mode: limitArgs.mode,
+  speculation: limitArgs.speculation,
+  draft: limitArgs.draft,
   json: { type: "boolean", description: "Print one JSON object on stdout once it listens" },
   verbose: { type: "boolean", description: "Say what was decided and why, and every request" },
 } as const;
