@@ -18,6 +18,7 @@ import {
 import { type Machine, readMachine } from "./machine";
 import { type ModelFile, openModelFile } from "./modelfile";
 import { type Knowledge, makePlan, noLimits, type Plan, type PlanLimits } from "./plan";
+import { isMeasured, type Surroundings, surroundingsOf } from "./surroundings";
 
 export { RequestError } from "./engine";
 export { type ErrorCode, HypuraError } from "./errors";
@@ -82,7 +83,7 @@ export interface Model extends AsyncDisposable {
 
 /** Loads the .gguf file at `path` (any file of a split model). Throws HypuraError where it cannot run here. */
 export async function open(path: string, options: ModelOptions = {}): Promise<Model> {
-  const { plan } = prepare(path, {
+  const { plan } = await prepare(path, {
     contextTokens: countOption("contextTokens", options.contextTokens),
     threads: countOption("threads", options.threads),
     slotCount: countOption("parallel", options.parallel) ?? 1,
@@ -91,15 +92,40 @@ export async function open(path: string, options: ModelOptions = {}): Promise<Mo
   return modelOf(await openEngine(plan, options));
 }
 
-/** The model file at `path` and how it runs here; no weight is read yet. Throws where it cannot run. */
-export function prepare(
+export interface PrepareOptions {
+  /** What a person should know of how the plan came about. */
+  readonly onNote?: (text: string) => void;
+  /** Measures the machine for the model at this path; by default without a word. */
+  readonly measure?: (modelPath: string) => Promise<Surroundings>;
+}
+
+export interface Prepared {
+  readonly file: ModelFile;
+  readonly plan: Plan;
+  readonly machine: Machine;
+}
+
+/**
+ * The model file at `path` and how it runs here; no weight is read yet. Where something has to stream and the machine
+ * was never measured, it is measured first, which takes some ten seconds; what fits in memory never waits for that.
+ * Throws where the model cannot run.
+ */
+export async function prepare(
   path: string,
   limits: PlanLimits = noLimits,
-  machine: Machine = readMachine(),
-  knowledge: Knowledge = {},
-): { readonly file: ModelFile; readonly plan: Plan } {
+  options: PrepareOptions = {},
+): Promise<Prepared> {
+  const { onNote, measure = (modelPath) => surroundingsOf(modelPath, { measure: "if-needed", onNote }) } =
+    options;
   const file = openModelFile(path);
-  return { file, plan: planOf(file, limits, machine, knowledge) };
+  const known = await surroundingsOf(file.path, { measure: "cached", onNote });
+  const first = planOf(file, limits, known.machine, known.knowledge);
+  const isGiven = limits.plan !== undefined && limits.plan !== null;
+  if (first.streaming === null || isGiven || isMeasured(known)) {
+    return { file, plan: first, machine: known.machine };
+  }
+  const { machine, knowledge } = await measure(file.path);
+  return { file, plan: planOf(file, limits, machine, knowledge), machine };
 }
 
 /** How the model in `file` runs on this machine. Throws where it cannot. */

@@ -3,7 +3,7 @@
 // nothing else in src sees native code (profile.ts has it measure the machine). It knows no dialect: a route's body and
 // chunks pass through as they are.
 
-import { nativeLibrary } from "../ffi/native";
+import { bestVariant, nativeLibrary } from "../ffi/native";
 import { type ErrorCode, HypuraError } from "./errors";
 import { EventLines, type LineSource } from "./event-lines";
 import type { Plan } from "./plan";
@@ -191,6 +191,26 @@ export function runTask(
   }
   const fd = nativeLibrary().task(name, JSON.stringify(body));
   return new RequestChunks(new EventLines(fd), signal, () => {});
+}
+
+/** The native library in use. */
+export interface EngineLibrary {
+  readonly path: string;
+  /** Of the CPU kernels; null where a person named the library. */
+  readonly variant: string | null;
+  /** The best for this processor that the executable carries; null where it carries none. */
+  readonly bestVariant: string | null;
+  /** Places that were passed over before it, with the reason. */
+  readonly passedOver: readonly string[];
+  /** Instruction sets that are compiled in, as ggml names them. */
+  readonly instructionSets: readonly string[];
+}
+
+/** Loads the library and says which it is. Throws HypuraError where none can be loaded. */
+export function engineLibrary(): EngineLibrary {
+  const { path, variant, tried, buildInfo } = nativeLibrary();
+  const sets = [...buildInfo().system.matchAll(/(\w+) = 1/g)].map((match) => match[1] as string);
+  return { path, variant, bestVariant: bestVariant(), passedOver: tried, instructionSets: sets };
 }
 
 /** What native code is given: the plan, and where its trace goes. */

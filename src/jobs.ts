@@ -9,6 +9,7 @@ import { drive, type EngineCall, embed, prepare } from "./ollama-prepare";
 import { errorReply, renderReply, replyFor, residenceReply } from "./ollama-reply";
 import type { EmbedWork, GenerateWork, Work } from "./ollama-request";
 import { prepareV1, type V1Reply, type V1Work, v1ReplyFor } from "./openai";
+import { countersSince, type StreamingCounters } from "./streaming";
 import { WireError, wireErrorOf } from "./wire-error";
 
 /** What jobs need of the server. */
@@ -362,7 +363,7 @@ async function wholeWork(shop: Workshop, job: Job, model: LibraryModel, work: Ge
   const reply = replyOf(job, work);
   const { lease, prepared } = await readied(shop, job, model, work);
   reply.begin(prepared);
-  for await (const chunk of counted(shop, lease.request(prepared.route, prepared.body))) {
+  for await (const chunk of counted(shop, lease, prepared.route, prepared.body)) {
     reply.onChunk(chunk);
   }
   return drive(reply.whole(), asker(lease));
@@ -383,7 +384,7 @@ async function streamWork(
       failure: (error) => ndjson([errorReply(error)]),
       async produce({ lease, prepared }, outlet) {
         reply.begin(prepared);
-        for await (const chunk of counted(shop, lease.request(prepared.route, prepared.body))) {
+        for await (const chunk of counted(shop, lease, prepared.route, prepared.body)) {
           outlet.send(ndjson(reply.onChunk(chunk)));
           await outlet.whenRoom();
         }
@@ -416,7 +417,7 @@ export async function answerV1(
     const lease = await job.enter(shop.keeper, model, keepAliveSeconds);
     const prepared = await drive(prepareV1(work, model.served), asker(lease));
     reply.begin(prepared);
-    return prepared.kind === "answer" ? null : counted(shop, lease.request(prepared.route, prepared.body));
+    return prepared.kind === "answer" ? null : counted(shop, lease, prepared.route, prepared.body);
   };
   if (work.stream) {
     return streamV1(job, reply, begun(begin(), work.kind === "pass"));
@@ -475,24 +476,53 @@ interface CoreTimings {
   readonly cache_n?: number;
   readonly prompt_n?: number;
   readonly predicted_n?: number;
+  readonly predicted_ms?: number;
 }
 
-/** The chunks as they are, their tokens counted when they end, however they end. */
+/** The chunks of the answer as they are, its tokens counted and its speed remembered when it ends, however it ends. */
 async function* counted(
   { counters }: Workshop,
-  chunks: AsyncGenerator<EngineChunk, void>,
+  lease: Lease<LibraryModel>,
+  route: string,
+  body: object,
 ): AsyncGenerator<EngineChunk, void> {
   let timings: CoreTimings | undefined;
+  // From the first token on: what the prompt read says nothing of decoding.
+  let before: Promise<StreamingCounters | null> | undefined;
   try {
-    for await (const chunk of chunks) {
+    for await (const chunk of lease.request(route, body)) {
       timings = (chunk.data as { readonly timings?: CoreTimings } | null)?.timings ?? timings;
+      before ??= timings === undefined && lease.isAlone() ? lease.streaming() : undefined;
       yield chunk;
     }
   } finally {
+    if (timings !== undefined && lease.isAlone()) {
+      void remember(lease, timings, before);
+    }
     counters.promptTokens += timings?.prompt_n ?? 0;
     counters.cachedTokens += timings?.cache_n ?? 0;
     counters.generatedTokens += timings?.predicted_n ?? 0;
   }
+}
+
+/** Of fewer the first, slow ones are too large a part. */
+const leastRememberedTokens = 8;
+
+/** The next plan knows how fast this answer was. Nobody waits for it. */
+async function remember(
+  lease: Lease<LibraryModel>,
+  timings: CoreTimings,
+  before: Promise<StreamingCounters | null> | undefined,
+): Promise<void> {
+  const decoded = {
+    tokens: (timings.predicted_n ?? 0) - 1, // the first came with the prompt
+    seconds: (timings.predicted_ms ?? 0) / 1000,
+  };
+  if (decoded.tokens < leastRememberedTokens) {
+    return;
+  }
+  const [from, to] = before === undefined ? [null, null] : await Promise.all([before, lease.streaming()]);
+  lease.model.remember(lease.plan, decoded, from === null || to === null ? null : countersSince(from, to));
 }
 
 export function jsonResponse(value: object, status = 200): Response {

@@ -5,7 +5,7 @@
 // holds two.
 
 import { type ChildEngine, type ChildOptions, openChildEngine } from "./child";
-import { type EngineChunk, type EngineInfo, RequestError } from "./engine";
+import { type EngineChunk, type EngineInfo, type OpenOptions, RequestError } from "./engine";
 import { HypuraError } from "./errors";
 import type { Plan } from "./plan";
 import type { StreamingCounters } from "./streaming";
@@ -16,7 +16,7 @@ import { serverBusy } from "./wire-error";
 export interface KeptModel {
   readonly name: string;
   /** How it runs on what is free now. Throws where it cannot. */
-  plan(): Plan;
+  plan(): Plan | Promise<Plan>;
 }
 
 export type Log = (level: "info" | "warn" | "error" | "debug", text: string) => void;
@@ -29,6 +29,8 @@ export interface KeeperOptions {
   /** How long an idle model stays; Infinity: for ever. */
   readonly keepAliveSeconds: number;
   readonly log: Log;
+  /** Where the routing trace of an engine that is about to be loaded goes; undefined: this one writes none. */
+  readonly traceFor?: (plan: Plan) => OpenOptions["trace"];
   /** Opens an engine; a test may give its own. */
   readonly open?: (plan: Plan, options: ChildOptions) => Promise<ChildEngine>;
 }
@@ -49,6 +51,10 @@ export interface Lease<Kept extends KeptModel> {
   request(route: string, body: object): AsyncGenerator<EngineChunk, void>;
   /** The data of the only chunk of an answer. */
   ask(route: string, body: object): Promise<unknown>;
+  /** Whether nobody else was inside since it was given, so that its times are the model's own. */
+  isAlone(): boolean;
+  /** What streaming did since the model was loaded; null where all of it is in memory. */
+  streaming(): Promise<StreamingCounters | null>;
   /** Idempotent. */
   release(): void;
 }
@@ -93,6 +99,7 @@ export class Keeper<Kept extends KeptModel> {
   #loaded: Loaded<Kept> | undefined;
   /** A load or an unload under way: nobody is let in meanwhile. */
   #change: Promise<void> | undefined;
+  #isLoading = false;
   #closed = false;
   readonly #end = new AbortController();
 
@@ -144,11 +151,7 @@ export class Keeper<Kept extends KeptModel> {
 
   /** Null where no model is loaded, or all of it is in memory. */
   async streaming(): Promise<StreamingCounters | null> {
-    const loaded = this.#loaded;
-    if (loaded === undefined || loaded.plan.streaming === null) {
-      return null;
-    }
-    return loaded.engine.streaming().catch(() => null); // it was unloaded meanwhile
+    return this.#loaded === undefined ? null : streamingOf(this.#loaded);
   }
 
   counts(): KeeperCounts {
@@ -161,7 +164,9 @@ export class Keeper<Kept extends KeptModel> {
     for (const waiter of [...this.#line]) {
       this.#drop(waiter, new HypuraError("cancelled", "the server is shutting down"));
     }
-    this.#end.abort(); // a model that is being loaded, or is used, is not waited for
+    if (this.#isLoading || this.#options.traceFor === undefined) {
+      this.#end.abort(); // a model that is being loaded, or is used, is not waited for; a trace has to be finished
+    }
     await this.#change;
     const loaded = this.#loaded;
     if (loaded !== undefined) {
@@ -221,6 +226,7 @@ export class Keeper<Kept extends KeptModel> {
     signal.removeEventListener("abort", waiter.onAbort);
     loaded.keepAliveSeconds = keepAliveSeconds ?? loaded.keepAliveSeconds;
     loaded.stopTimer();
+    loaded.entryCount++;
     const lease = new EngineLease(loaded, signal, {
       onRelease: () => {
         loaded.leases.delete(lease);
@@ -250,13 +256,17 @@ export class Keeper<Kept extends KeptModel> {
   async #load(model: Kept): Promise<void> {
     const { log } = this.#options;
     const started = performance.now();
+    this.#isLoading = true;
     try {
       await Promise.resolve(); // the caller's state is set before anything can fail
-      const plan = model.plan();
+      const plan = await model.plan();
       log("info", `loading ${model.name} (${plan.mode}, ${plan.contextTokens} tokens of context)`);
       let loaded: Loaded<Kept> | undefined;
       let isGone = false;
+      const trace = this.#options.traceFor?.(plan);
       const engine = await this.#open(plan, {
+        ...(trace === undefined ? {} : { trace }),
+        onWarning: (text) => log("warn", `${model.name}: ${text}`),
         onLog: (level, text) => log("debug", `${model.name}: ${level}: ${text}`),
         onPrint: (line) => log("debug", `${model.name}: ${line}`),
         onRequestLeft: () => this.#advance(),
@@ -278,6 +288,8 @@ export class Keeper<Kept extends KeptModel> {
       for (const waiter of this.#line.filter((one) => one.model === model)) {
         this.#drop(waiter, error);
       }
+    } finally {
+      this.#isLoading = false;
     }
   }
 
@@ -334,6 +346,10 @@ function cancelled(): HypuraError {
   return new HypuraError("cancelled", "the request was cancelled");
 }
 
+async function streamingOf({ plan, engine }: Loaded<KeptModel>): Promise<StreamingCounters | null> {
+  return plan.streaming === null ? null : engine.streaming().catch(() => null); // it was unloaded meanwhile
+}
+
 /** A model in memory, and who uses it. */
 class Loaded<Kept extends KeptModel> {
   readonly model: Kept;
@@ -341,6 +357,8 @@ class Loaded<Kept extends KeptModel> {
   readonly engine: ChildEngine;
   readonly leases = new Set<EngineLease<Kept>>();
   keepAliveSeconds: number;
+  /** Leases so far. */
+  entryCount = 0;
   /** Set while it is idle. */
   expiresAtMs: number | undefined;
   #timer: ReturnType<typeof setTimeout> | undefined;
@@ -388,6 +406,8 @@ class EngineLease<Kept extends KeptModel> implements Lease<Kept> {
   readonly #loaded: Loaded<Kept>;
   readonly #signal: AbortSignal;
   readonly #hooks: { readonly onRelease: () => void; readonly onRetry: (error: Error) => void };
+  /** Its number, where it found nobody inside. */
+  readonly #aloneEntry: number | null;
   #released = false;
 
   constructor(
@@ -398,6 +418,7 @@ class EngineLease<Kept extends KeptModel> implements Lease<Kept> {
     this.#loaded = loaded;
     this.#signal = signal;
     this.#hooks = hooks;
+    this.#aloneEntry = loaded.insideCount() === 0 ? loaded.entryCount : null;
   }
 
   get model(): Kept {
@@ -439,6 +460,14 @@ class EngineLease<Kept extends KeptModel> implements Lease<Kept> {
       data = chunk.data;
     }
     return data;
+  }
+
+  isAlone(): boolean {
+    return this.#aloneEntry === this.#loaded.entryCount;
+  }
+
+  streaming(): Promise<StreamingCounters | null> {
+    return streamingOf(this.#loaded);
   }
 
   release(): void {

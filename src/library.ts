@@ -4,13 +4,11 @@
 
 import { createHash } from "node:crypto";
 import { closeSync, openSync, readdirSync, readFileSync, readSync, statSync } from "node:fs";
-import { homedir } from "node:os";
 import { basename, join, resolve } from "node:path";
 import { planWithDraft } from "./draft";
 import { HypuraError } from "./errors";
 import { type GgufScalar, splitNames } from "./gguf";
 import type { KeptModel } from "./keeper";
-import { type Machine, readMachine } from "./machine";
 import { type ModelFile, openModelFile, readMetadataArray } from "./modelfile";
 import {
   capabilitiesOf,
@@ -22,6 +20,9 @@ import {
   type StoredSettings,
 } from "./ollama-model";
 import { budgetOf, makePlan, type Plan, type PlanLimits } from "./plan";
+import { userHome } from "./state";
+import type { StreamingCounters } from "./streaming";
+import { type Decoded, isMeasured, rememberRun, type Surroundings, surroundingsOf } from "./surroundings";
 
 /** A served model with what only this side of the wire needs. */
 export interface LibraryModel extends KeptModel {
@@ -30,6 +31,8 @@ export interface LibraryModel extends KeptModel {
   readonly firstPlan: Plan;
   /** The values of a metadata array too long to be kept; null for any other key. */
   readArray(key: string): readonly GgufScalar[] | null;
+  /** Keeps what a request did, with the engine to itself, for the plans to come. */
+  remember(plan: Plan, decoded: Decoded, streaming: StreamingCounters | null): void;
 }
 
 export interface LibraryOptions {
@@ -40,24 +43,35 @@ export interface LibraryOptions {
   /** The folder of the Ollama store. */
   readonly storePath: string;
   readonly onWarning: (sentence: string) => void;
+  /** Measures the machine for a model that would stream; without it such a plan knows what was measured before. */
+  readonly measure?: (modelPath: string) => Promise<Surroundings>;
 }
 
 /** Where Ollama keeps its models. */
 export function ollamaStorePath(environment: Readonly<Record<string, string | undefined>>): string {
   const given = environment["OLLAMA_MODELS"];
-  return given === undefined || given === "" ? join(homedir(), ".ollama", "models") : given;
+  return given === undefined || given === "" ? join(userHome(), ".ollama", "models") : given;
 }
 
 /** Opens everything that is named. Throws where an argument is no model, or none of its models can run here. */
-export function openLibrary(words: readonly string[], options: LibraryOptions): readonly LibraryModel[] {
-  const found = words.flatMap((word) => find(word, options));
+export async function openLibrary(
+  words: readonly string[],
+  options: LibraryOptions,
+): Promise<readonly LibraryModel[]> {
+  const found: Found[] = [];
+  for (const word of words) {
+    found.push(...(await find(word, options)));
+  }
   if (options.name !== null && found.length > 1) {
     throw new HypuraError(
       "usage",
       `--name gives one name and there are ${found.length} models: leave it out, or serve one model`,
     );
   }
-  const models = found.map((one) => toModel(one, options));
+  const models: LibraryModel[] = [];
+  for (const one of found) {
+    models.push(await toModel(one, options));
+  }
   const names = new Map<string, string>();
   for (const { served } of models) {
     const path = served.files[0]?.path ?? "";
@@ -84,7 +98,7 @@ interface Found {
 
 const storePrefix = "ollama:";
 
-function find(word: string, options: LibraryOptions): readonly Found[] {
+async function find(word: string, options: LibraryOptions): Promise<readonly Found[]> {
   if (word.startsWith(storePrefix)) {
     return [findInStore(word.slice(storePrefix.length), options)];
   }
@@ -99,7 +113,7 @@ function asFound(file: ModelFile): Found {
 }
 
 /** Every model of a folder, a split set once; what cannot be served is said and left out. */
-function findInFolder(folder: string, options: LibraryOptions): readonly Found[] {
+async function findInFolder(folder: string, options: LibraryOptions): Promise<readonly Found[]> {
   const names = readdirSync(folder)
     .filter((name) => name.toLowerCase().endsWith(".gguf"))
     .filter((name) => (splitNames(name)?.names[0] ?? name) === name)
@@ -108,7 +122,7 @@ function findInFolder(folder: string, options: LibraryOptions): readonly Found[]
   for (const name of names) {
     try {
       const file = openModelFile(join(folder, name));
-      planToServe(name, file, options.limits); // one that cannot run here is no model of this server
+      planToServe(name, file, options.limits, await cached(file)); // one that cannot run here is no model of this server
       found.push(asFound(file));
     } catch (error) {
       if (!(error instanceof HypuraError)) {
@@ -127,14 +141,19 @@ function findInFolder(folder: string, options: LibraryOptions): readonly Found[]
   return found;
 }
 
-function toModel(found: Found, options: LibraryOptions): LibraryModel {
+async function toModel(found: Found, options: LibraryOptions): Promise<LibraryModel> {
   const { file, settings } = found;
   const name = options.name === null ? found.name : givenName(options.name);
   const { metadata } = file.gguf;
   const fim =
     fimTokensOf(metadata, null) ?? fimTokensOf(metadata, readMetadataArray(file, "tokenizer.ggml.tokens"));
   const modifiedMs = Math.max(...file.files.map(({ path }) => statSync(path).mtimeMs));
-  const firstPlan = planToServe(name, file, options.limits);
+  let surroundings = await cached(file, options.onWarning);
+  let firstPlan = planToServe(name, file, options.limits, surroundings);
+  if (firstPlan.streaming !== null && !isMeasured(surroundings) && options.measure !== undefined) {
+    surroundings = await options.measure(file.path);
+    firstPlan = planToServe(name, file, options.limits, surroundings);
+  }
   const { contextTokens } = firstPlan;
   const served: ServedModel = {
     name,
@@ -163,8 +182,33 @@ function toModel(found: Found, options: LibraryOptions): LibraryModel {
     served,
     firstPlan,
     // What clients were told of the context stays; the rest follows the memory that is free at that time.
-    plan: () => planToServe(name, file, { ...options.limits, contextTokens }),
+    async plan() {
+      surroundings = await cached(file);
+      return planToServe(name, file, { ...options.limits, contextTokens }, surroundings);
+    },
     readArray: (key) => readMetadataArray(file, key),
+    remember: rememberer((plan, decoded, streaming) =>
+      rememberRun(plan, file, surroundings.machine, decoded, streaming, options.onWarning),
+    ),
+  };
+}
+
+/** The machine as it is now, with what was measured of it before. */
+function cached(file: ModelFile, onNote?: (sentence: string) => void): Promise<Surroundings> {
+  return surroundingsOf(file.path, { measure: "cached", onNote });
+}
+
+/** A model that answers in less is asked often, and the history is a file that is written whole. */
+const rememberEveryMs = 10_000;
+
+function rememberer(remember: LibraryModel["remember"]): LibraryModel["remember"] {
+  let notBeforeMs = 0;
+  return (plan, decoded, streaming) => {
+    const nowMs = performance.now();
+    if (nowMs >= notBeforeMs) {
+      notBeforeMs = nowMs + rememberEveryMs;
+      remember(plan, decoded, streaming);
+    }
   };
 }
 
@@ -223,13 +267,13 @@ export function planToServe(
   name: string,
   file: ModelFile,
   limits: PlanLimits,
-  machine: Machine = readMachine(),
+  { machine, knowledge }: Surroundings,
 ): Plan {
   const subject = { name, files: file.files, model: file.model };
   const attempt = (contextTokens: number, mode: PlanLimits["mode"]): Plan | HypuraError => {
     try {
       return planWithDraft(file, { ...limits, contextTokens, mode: mode ?? "auto" }, (all) =>
-        makePlan(subject, machine, all),
+        makePlan(subject, machine, all, knowledge),
       );
     } catch (error) {
       if (error instanceof HypuraError && error.code === "not-enough-memory") {
@@ -239,7 +283,7 @@ export function planToServe(
     }
   };
   if (isForEmbedding(file)) {
-    return makePlan(subject, machine, { ...limits, mode: "resident", embeddings: true });
+    return makePlan(subject, machine, { ...limits, mode: "resident", embeddings: true }, knowledge);
   }
   if (limits.contextTokens !== null) {
     return planOrThrow(attempt(limits.contextTokens, limits.mode));

@@ -67,6 +67,7 @@ const bytes = whole(0);
 const policy = object({
   kind: oneOf("lru", "lfu-decay", "least-stale", "pinned-cyclic"),
   halfLifeTokens: number,
+  mostPassTokens: whole(0, 0x7fff_ffff),
   staleAfterPasses: whole(0, 0x7fff_ffff),
   pinnedSlots: whole(0, 0x7fff_ffff),
   workingSetStrides: whole(0, 0x7fff_ffff),

@@ -68,6 +68,8 @@ export interface Choice {
 export interface CachePolicy {
   readonly kind: "lru" | "lfu-decay" | "least-stale" | "pinned-cyclic";
   readonly halfLifeTokens: number;
+  /** A pass of more tokens counts as so many; 0: as it is. */
+  readonly mostPassTokens: number;
   readonly staleAfterPasses: number;
   readonly pinnedSlots: number;
   readonly workingSetStrides: number;

@@ -90,6 +90,7 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
         spec.op_slots = u32(c, "opSlots");
         spec.policy.kind = policy_kind(policy.at("kind").get<std::string>());
         spec.policy.half_life_tokens = policy.at("halfLifeTokens").get<double>();
+        spec.policy.most_pass_tokens = u32(policy, "mostPassTokens");
         spec.policy.stale_after_passes = u32(policy, "staleAfterPasses");
         spec.policy.pinned_slots = u32(policy, "pinnedSlots");
         spec.policy.working_set_strides = u32(policy, "workingSetStrides");

@@ -1,8 +1,14 @@
 // Showing an answer as it comes, for `run` and for the chat: text on stdout, thinking dimmed on stderr, Ctrl-C as
 // the end of this answer, and the line of numbers after it.
 
+import { consola } from "consola";
+import type { Prepared } from "../api";
+import type { Engine } from "../engine";
 import { HypuraError } from "../errors";
 import { type Answer, type Piece, PromptTooLongError } from "../generate";
+import type { Plan } from "../plan";
+import { countersSince, type StreamingCounters } from "../streaming";
+import { rememberRun } from "../surroundings";
 import { countText, rateText } from "../text";
 import { printAnswer, stderr, stdout, tell } from "./terminal";
 
@@ -59,12 +65,49 @@ export async function interruptible<Result>(work: (signal: AbortSignal) => Promi
   }
 }
 
-/** The speed of an answer: "12 tokens at 34.1 tok/s, prompt 20 at 80.3 tok/s". */
-export function speedText({ timings }: Answer): string {
+/** Counts what streaming does while tokens are generated, the prompt left out. */
+export class StreamingWatch {
+  readonly #engine: Engine;
+  #before: StreamingCounters | null = null;
+
+  constructor(engine: Engine) {
+    this.#engine = engine;
+  }
+
+  async *follow(pieces: AsyncIterable<Piece>): AsyncGenerator<Piece> {
+    for await (const piece of pieces) {
+      if (this.#engine.plan.streaming !== null) {
+        this.#before ??= await this.#engine.streaming();
+      }
+      yield piece;
+    }
+  }
+
+  /** Since the first piece; null in a full-resident plan. */
+  async counters(): Promise<StreamingCounters | null> {
+    const after = this.#before === null ? null : await this.#engine.streaming();
+    return this.#before === null || after === null ? null : countersSince(this.#before, after);
+  }
+}
+
+/** The next plan knows what this answer took. */
+export function rememberAnswer(
+  { plan, file, machine }: Prepared,
+  { timings }: Answer,
+  streaming: StreamingCounters | null,
+): void {
+  const decoded = { tokens: timings.generatedTokens - 1, seconds: timings.generatedSeconds };
+  rememberRun(plan, file, machine, decoded, streaming, (note) => consola.warn(note));
+}
+
+/** The speed of an answer: "12 tokens at 34.1 tok/s (33.0 tok/s predicted), prompt 20 at 80.3 tok/s". */
+export function speedText({ timings }: Answer, { estimate }: Plan): string {
   const { generatedTokens, generatedSeconds, promptTokens, promptSeconds, cachedTokens } = timings;
   const known = cachedTokens === 0 ? "" : ` (${countText(cachedTokens)} known)`;
+  const rate = estimate.decodeTokensPerSecond;
+  const predicted = rate === null || generatedTokens === 0 ? "" : ` (${rateText(rate)} predicted)`;
   return (
-    `${withRate(`${countText(generatedTokens)} ${generatedTokens === 1 ? "token" : "tokens"}`, generatedTokens, generatedSeconds)}, ` +
+    `${withRate(`${countText(generatedTokens)} ${generatedTokens === 1 ? "token" : "tokens"}`, generatedTokens, generatedSeconds)}${predicted}, ` +
     `prompt ${withRate(countText(promptTokens), promptTokens, promptSeconds)}${known}`
   );
 }

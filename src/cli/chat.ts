@@ -13,8 +13,8 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { homedir } from "node:os";
 import { consola } from "consola";
+import type { Prepared } from "../api";
 import {
   askedMessages,
   type Conversation,
@@ -29,8 +29,9 @@ import {
 import type { Engine } from "../engine";
 import { exitStatus, HypuraError } from "../errors";
 import { type Answer, type GenerateOptions, generate, PromptTooLongError } from "../generate";
+import { userHome } from "../state";
 import { countText, plural, table } from "../text";
-import { showAnswer, speedText } from "./answer";
+import { rememberAnswer, StreamingWatch, showAnswer, speedText } from "./answer";
 import { interrupted, type Lines, openLines } from "./lines";
 import { print, stderr, tell } from "./terminal";
 
@@ -39,6 +40,8 @@ export interface ChatSetup {
   readonly system: string | null;
   /** A first message that the command line gave. */
   readonly first: string | null;
+  /** What runs, and where. */
+  readonly prepared: Prepared;
 }
 
 const promptMark = "> ";
@@ -109,12 +112,14 @@ class Chat {
   readonly #engine: Engine;
   readonly #options: GenerateOptions;
   readonly #lines: Lines;
+  readonly #prepared: Prepared;
   #conversation: Conversation;
 
   constructor(engine: Engine, setup: ChatSetup, lines: Lines) {
     this.#engine = engine;
     this.#options = setup.options;
     this.#lines = lines;
+    this.#prepared = setup.prepared;
     this.#conversation = { ...emptyConversation, system: setup.system };
   }
 
@@ -150,7 +155,10 @@ class Chat {
       stop.abort();
     });
     const messages = askedMessages(this.#conversation, text);
-    const pieces = generate(this.#engine, { messages }, { ...this.#options, signal: stop.signal });
+    const watch = new StreamingWatch(this.#engine);
+    const pieces = watch.follow(
+      generate(this.#engine, { messages }, { ...this.#options, signal: stop.signal }),
+    );
     const answer = await showAnswer(pieces).catch((error: unknown) => {
       throw error instanceof PromptTooLongError ? tooLong(error, this.#conversation) : error;
     });
@@ -158,7 +166,8 @@ class Chat {
       await print("\n");
     }
     this.#conversation = withTurn(this.#conversation, text, answer.text);
-    consola.info([speedText(answer), ...endNotes(answer)].join(", "));
+    rememberAnswer(this.#prepared, answer, await watch.counters());
+    consola.info([speedText(answer, this.#engine.plan), ...endNotes(answer)].join(", "));
     if (answer.finish === "context") {
       consola.warn(
         `the context of ${countText(this.#engine.info.contextTokens)} tokens is full: ${fullAdvice}`,
@@ -221,7 +230,7 @@ function endNotes({ finish, text }: Answer): readonly string[] {
 
 /** No shell expands what is typed here. */
 function withHome(path: string): string {
-  return path.startsWith("~/") ? `${homedir()}${path.slice(1)}` : path;
+  return path.startsWith("~/") ? `${userHome()}${path.slice(1)}` : path;
 }
 
 /** Whole or not at all, and never over a file that is something else. */

@@ -220,8 +220,7 @@ export const limitArgs = {
   },
   speculation: {
     type: "string",
-    description:
-      "Tokens guessed and verified in one pass: off, auto or N (auto: where a pass takes no longer)",
+    description: "Tokens guessed for each pass: off, auto or N (auto: while it costs nothing)",
     valueHint: "N",
   },
   draft: {

@@ -7,12 +7,11 @@ import { consola } from "consola";
 import { planOf } from "../api";
 import { HypuraError } from "../errors";
 import type { GgufValue } from "../gguf";
-import { readHistory } from "../history";
 import { type Machine, validateMachine } from "../machine";
 import { kvBytesPerToken, type Model } from "../model";
 import { type ModelFile, openModelFile } from "../modelfile";
 import { budgetOf, gpuBudgetOf, type Knowledge, type Plan, type PlanLimits } from "../plan";
-import { loadMachine } from "../profile";
+import { surroundingsOf } from "../surroundings";
 import {
   bandwidthText,
   bar,
@@ -98,12 +97,8 @@ export async function placeOf(modelPath: string, machinePath: string | undefined
     return { machine, name: printable(basename(machinePath)), isElsewhere: true, knowledge: {} };
   }
   const onNote = (note: string): void => consola.warn(note);
-  return {
-    machine: await loadMachine({ folder: modelPath, measure: "cached" }),
-    name: "this machine",
-    isElsewhere: false,
-    knowledge: { history: readHistory({ onNote }) },
-  };
+  const here = await surroundingsOf(modelPath, { measure: "cached", onNote });
+  return { ...here, name: "this machine", isElsewhere: false };
 }
 
 export interface Show {

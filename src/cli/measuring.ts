@@ -1,7 +1,9 @@
 // What the commands that measure share: a line of progress that goes away, an end by Ctrl-C that leaves nothing behind,
 // and the table of reads. It knows no measurement.
 
+import { consola } from "consola";
 import { readSizeText } from "../storage";
+import { type Surroundings, surroundingsOf } from "../surroundings";
 import { bandwidthText, bar, clip, table } from "../text";
 import { interruptible } from "./answer";
 import { stderr, tell } from "./terminal";
@@ -44,6 +46,19 @@ export async function measuring<Result>(work: (how: Measuring) => Promise<Result
       tell("\r\x1b[K");
     }
   }
+}
+
+/** Before a plan that streams, where this machine was never measured. */
+export function measureOnce(modelPath: string): Promise<Surroundings> {
+  consola.info("measuring this machine for the plan, once (`hypura profile` shows it)");
+  return measuring(({ signal, onProgress }) =>
+    surroundingsOf(modelPath, {
+      measure: "if-needed",
+      onNote: (note) => consola.warn(note),
+      onProgress,
+      signal,
+    }),
+  );
 }
 
 export interface GridCell {

@@ -2,7 +2,7 @@
 
 import { readFileSync } from "node:fs";
 import { consola } from "consola";
-import { prepare } from "../api";
+import { type Prepared, prepare } from "../api";
 import { type Engine, openEngine } from "../engine";
 import { exitStatus, HypuraError } from "../errors";
 import {
@@ -11,23 +11,15 @@ import {
   type GenerateOptions,
   generate,
   type Message,
-  type Piece,
   type Prompt,
 } from "../generate";
 import { type Plan, totalBytes } from "../plan";
-import {
-  countersSince,
-  guessSources,
-  layersOf,
-  layersText,
-  type StreamingCounters,
-  streamingText,
-} from "../streaming";
+import { guessSources, layersOf, layersText, streamingText } from "../streaming";
 import { bytesText, countText, durationText } from "../text";
 import { traceHeader } from "../trace";
-import { interruptible, showAnswer, speedText, withAdvice } from "./answer";
+import { interruptible, rememberAnswer, StreamingWatch, showAnswer, speedText, withAdvice } from "./answer";
 import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut, warnOfDraft } from "./command";
-import { placeOf } from "./inspect";
+import { measureOnce } from "./measuring";
 import { print, stderr, tell } from "./terminal";
 
 const args = {
@@ -96,17 +88,19 @@ export const runCommand = command(
       const flags = given as Flags;
       const options = generateOptions(flags, rawArgs);
       const isChat = wantsChat(flags);
-      const { plan, trainedContextTokens, hasChatTemplate } = await prepareRun(flags, isChat);
+      const prepared = await prepareRun(flags, isChat);
+      const { trainedContextTokens, hasChatTemplate } = prepared.file.model;
       const prompt = await readPrompt(flags, isChat);
-      await using engine = await open(plan, flags);
+      await using engine = await open(prepared.plan, flags);
       if (isChat) {
         const { chat } = await import("./chat");
-        process.exitCode = await chat(engine, { options, system: flags.system ?? null, first: prompt });
+        const system = flags.system ?? null;
+        process.exitCode = await chat(engine, { options, system, first: prompt, prepared });
         return;
       }
       const full = promptFor(prompt ?? "", flags, hasChatTemplate);
       try {
-        await answerOnce(engine, full, { maxTokens: defaultMaxTokens, ...options }, flags);
+        await answerOnce(engine, full, { maxTokens: defaultMaxTokens, ...options }, { flags, prepared });
       } catch (error) {
         throw withAdvice(error, trainedContextTokens);
       }
@@ -180,20 +174,15 @@ function wantsChat(flags: Flags): boolean {
   return isChat;
 }
 
-interface Prepared {
-  readonly plan: Plan;
-  readonly trainedContextTokens: number;
-  readonly hasChatTemplate: boolean;
-}
-
 /** The plan of this run, said where it is not what was asked for. */
 async function prepareRun(flags: Flags, isChat: boolean): Promise<Prepared> {
   const limits = limitsOf(flags);
-  const path = flags.model as string;
-  // As `inspect` plans, with what was measured and what earlier runs showed.
-  const { machine, knowledge } = await placeOf(path, undefined);
-  const { file, plan } = prepare(path, limits, machine, knowledge);
-  const { trainedContextTokens, hasChatTemplate } = file.model;
+  const prepared = await prepare(flags.model as string, limits, {
+    onNote: (note) => consola.warn(note),
+    measure: measureOnce,
+  });
+  const { file, plan } = prepared;
+  const { hasChatTemplate } = file.model;
   warnOfCut(limits, plan);
   warnOfDraft(limits, plan);
   if (!hasChatTemplate && isChat) {
@@ -212,7 +201,7 @@ async function prepareRun(flags: Flags, isChat: boolean): Promise<Prepared> {
       consola.info(`${choice.name}: ${choice.value} (${choice.reason})`);
     }
   }
-  return { plan, trainedContextTokens, hasChatTemplate };
+  return prepared;
 }
 
 /** The text of the prompt; null where a chat begins without one. */
@@ -333,7 +322,10 @@ async function answerOnce(
   engine: Engine,
   prompt: Prompt,
   options: GenerateOptions,
-  { json = false, verbose = false }: Flags,
+  {
+    flags: { json = false, verbose = false },
+    prepared,
+  }: { readonly flags: Flags; readonly prepared: Prepared },
 ): Promise<void> {
   const watch = new StreamingWatch(engine);
   const answer = await interruptible((signal) => {
@@ -342,8 +334,17 @@ async function answerOnce(
   });
   const streaming = await watch.counters();
   const { plan } = engine;
+  rememberAnswer(prepared, answer, streaming);
   if (json) {
-    const facts = { model: plan.model.name, mode: plan.mode, ...answer, peakBytes: peakBytes(), streaming };
+    const { decodeTokensPerSecond, basis } = plan.estimate;
+    const facts = {
+      model: plan.model.name,
+      mode: plan.mode,
+      ...answer,
+      predicted: { decodeTokensPerSecond, basis },
+      peakBytes: peakBytes(),
+      streaming,
+    };
     await print(`${JSON.stringify(facts)}\n`);
   } else {
     await print("\n");
@@ -373,31 +374,6 @@ async function answerOnce(
   }
 }
 
-/** Counts what streaming does while tokens are generated, the prompt left out. */
-class StreamingWatch {
-  readonly #engine: Engine;
-  #before: StreamingCounters | null = null;
-
-  constructor(engine: Engine) {
-    this.#engine = engine;
-  }
-
-  async *follow(pieces: AsyncIterable<Piece>): AsyncGenerator<Piece> {
-    for await (const piece of pieces) {
-      if (this.#engine.plan.streaming !== null) {
-        this.#before ??= await this.#engine.streaming();
-      }
-      yield piece;
-    }
-  }
-
-  /** Since the first piece; null in a full-resident plan. */
-  async counters(): Promise<StreamingCounters | null> {
-    const after = this.#before === null ? null : await this.#engine.streaming();
-    return this.#before === null || after === null ? null : countersSince(this.#before, after);
-  }
-}
-
 /** The line after an answer: speed, where the bytes are, why it ended. */
 function summary({ plan, info }: Engine, answer: Answer): string {
   const { weightBytes, poolBytes } = plan.memory;
@@ -407,7 +383,7 @@ function summary({ plan, info }: Engine, answer: Answer): string {
   );
   const pool = poolBytes === 0 ? "" : ` with a pool of ${bytesText(poolBytes)}`;
   return [
-    speedText(answer),
+    speedText(answer, plan),
     `${plan.mode}: ${bytesText(weightBytes + poolBytes)} in ram${pool}, ${bytesText(nvmeBytes)} on nvme`,
     `peak ${bytesText(peakBytes())} of ${bytesText(totalBytes(plan.memory))} planned`,
     endText(answer, info.contextTokens),

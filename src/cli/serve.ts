@@ -4,13 +4,15 @@
 import { consola } from "consola";
 import { HypuraError } from "../errors";
 import { type Address, originRule, parseOllamaHost } from "../http-policy";
-import { Keeper, type Log } from "../keeper";
+import { Keeper, type KeeperOptions, type Log } from "../keeper";
 import { type LibraryModel, ollamaStorePath, openLibrary } from "../library";
 import { type Plan, totalBytes } from "../plan";
 import { type Server, serve } from "../server";
-import { bytesText, countText, durationText, plural } from "../text";
+import { bytesText, countText, durationText, plural, rateText } from "../text";
 import { durationSeconds } from "../wire-body";
 import { command, limitArgs, limitsOf, numberFlag, positionalsOf, warnOfCut } from "./command";
+import { measureOnce } from "./measuring";
+import { traceOption } from "./run";
 import { print, tell } from "./terminal";
 
 const args = {
@@ -57,6 +59,11 @@ const args = {
   mode: limitArgs.mode,
   speculation: limitArgs.speculation,
   draft: limitArgs.draft,
+  trace: {
+    type: "string",
+    description: "Write down which strides are asked for, for `hypura replay` (a later load: FILE.2 ...)",
+    valueHint: "FILE",
+  },
   json: { type: "boolean", description: "Print one JSON object on stdout once it listens" },
   verbose: { type: "boolean", description: "Say what was decided and why, and every request" },
 } as const;
@@ -80,13 +87,14 @@ export const serveCommand = command(
       const flags = given as Flags;
       const settings = settingsOf(flags, process.env);
       const log = logOf(flags.verbose === true);
-      const models = openLibrary(positionalsOf(rawArgs), {
+      const models = await openLibrary(positionalsOf(rawArgs), {
         limits: settings.limits,
         name: flags.name ?? null,
         storePath: ollamaStorePath(process.env),
         onWarning: (sentence) => consola.warn(sentence),
+        measure: measureOnce,
       });
-      const keeper = new Keeper<LibraryModel>({ ...settings, log });
+      const keeper = new Keeper<LibraryModel>({ ...settings, ...tracing(flags.trace, models, log), log });
       const server = serve({ ...settings, ...settings.address, models, keeper, log });
       await announce(server, models, settings, flags);
       await untilSignal(server);
@@ -98,18 +106,18 @@ export const serveCommand = command(
       "hypura serve model.gguf",
       "hypura serve model.gguf --port 11434 --keep-alive 30m     # where Ollama's clients look",
       "hypura serve big.gguf small.gguf --memory 16G             # two models, one at a time in memory",
-      "hypura serve models/ --parallel 4                         # a folder; four requests decode together",
+      "hypura serve models/ --parallel 4                         # a folder; four decode together",
       "hypura serve ollama:llama3.2:3b                           # what Ollama has pulled, read-only",
-      'curl http://127.0.0.1:8080/api/chat -d \'{"model":"NAME","messages":[{"role":"user","content":"Hi"}]}\'',
+      'curl http://127.0.0.1:8080/api/generate -d \'{"model":"NAME","prompt":"Hi","stream":false}\'',
     ],
     notes: [
-      "A model is loaded by its first request. One is in memory at a time: a request for another waits until those\n" +
-        "that run are done, and then takes its place.\n" +
-        "Without --context a request may use 32,768, 24,576 or 16,384 tokens (less where the model was trained for\n" +
-        "less), the most that leaves all weights in memory; where they do not fit anyway, 16,384, or 32,768 if that\n" +
-        "takes less than an eighth of the memory.\n" +
-        "OLLAMA_HOST, OLLAMA_ORIGINS, OLLAMA_KEEP_ALIVE, OLLAMA_CONTEXT_LENGTH, OLLAMA_NUM_PARALLEL, OLLAMA_MAX_QUEUE\n" +
-        "and OLLAMA_MODELS mean what they mean to Ollama; flags win.\n" +
+      "A model is loaded by its first request. One is in memory at a time: a request for another waits\n" +
+        "until those that run are done, and then takes its place.\n" +
+        "Without --context a request may use 32,768, 24,576 or 16,384 tokens (less where the model was\n" +
+        "trained for less), the most that leaves all weights in memory; where they do not fit anyway,\n" +
+        "16,384, or 32,768 if that takes less than an eighth of the memory.\n" +
+        "OLLAMA_HOST, OLLAMA_ORIGINS, OLLAMA_KEEP_ALIVE, OLLAMA_CONTEXT_LENGTH, OLLAMA_NUM_PARALLEL,\n" +
+        "OLLAMA_MAX_QUEUE and OLLAMA_MODELS mean what they mean to Ollama; flags win.\n" +
         "Only this machine is served unless --host says otherwise: there is no password.\n" +
         "Ctrl-C ends it: running answers get two seconds, a second Ctrl-C ends at once.",
     ],
@@ -223,6 +231,33 @@ function originsOf(flag: string | undefined, environment: Environment): readonly
   return patterns;
 }
 
+/** A trace for each load of a model that streams; refused now where none does. */
+function tracing(
+  path: string | undefined,
+  models: readonly LibraryModel[],
+  log: Log,
+): Pick<KeeperOptions, "traceFor"> {
+  const [first] = models;
+  if (path === undefined || first === undefined) {
+    return {};
+  }
+  const streams = models.find(({ firstPlan }) => firstPlan.streaming !== null) ?? first;
+  traceOption(streams.firstPlan, path);
+  let count = 0;
+  return {
+    traceFor(plan) {
+      if (plan.streaming === null) {
+        log("warn", `${plan.model.name} is all in memory now: this load has nothing to trace`);
+        return undefined;
+      }
+      count++;
+      const { trace } = traceOption(plan, count === 1 ? path : `${path}.${count}`);
+      log("info", `the trace of this load goes to ${trace?.path}, once it is unloaded`);
+      return trace;
+    },
+  };
+}
+
 // ---- what it says -----------------------------------------------------------------------------------------------
 
 function logOf(verbose: boolean): Log {
@@ -272,7 +307,14 @@ async function announce(
 }
 
 function factsOf(name: string, plan: Plan): object {
-  return { name, mode: plan.mode, contextTokens: plan.contextTokens, memoryBytes: totalBytes(plan.memory) };
+  const { decodeTokensPerSecond, prefillTokensPerSecond, basis } = plan.estimate;
+  return {
+    name,
+    mode: plan.mode,
+    contextTokens: plan.contextTokens,
+    memoryBytes: totalBytes(plan.memory),
+    predicted: { decodeTokensPerSecond, prefillTokensPerSecond, basis },
+  };
 }
 
 function endpointOf({ hostname, port }: Server): string {
@@ -284,7 +326,17 @@ function planText(plan: Plan, parallel: number): string {
   const { poolBytes } = plan.memory;
   const pool = poolBytes === 0 ? "" : `, a pool of ${bytesText(poolBytes)}`;
   const slots = parallel === 1 ? "" : ` for each of ${parallel} requests`;
-  return `${plan.mode}, ${bytesText(totalBytes(plan.memory))} of memory${pool}, ${countText(plan.contextTokens)} tokens of context${slots}`;
+  return `${plan.mode}, ${bytesText(totalBytes(plan.memory))} of memory${pool}, ${countText(plan.contextTokens)} tokens of context${slots}${speedText(plan)}`;
+}
+
+/** What to expect of one request: the prompt's speed decides how long an agent waits for a first word. */
+function speedText({ estimate }: Plan): string {
+  const { decodeTokensPerSecond: decode, prefillTokensPerSecond: prompt, basis, note } = estimate;
+  if (decode === null) {
+    return `, speed ${note}`;
+  }
+  const source = basis === "model" ? "" : ` (${note})`;
+  return `, ${rateText(decode)} predicted${source}${prompt === null ? "" : `, prompts at ${rateText(prompt)}`}`;
 }
 
 /** Until the server has ended, which a signal asks for; a second one ends the process at once. */

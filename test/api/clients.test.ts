@@ -19,9 +19,9 @@ let real: TestServer | null = null;
 beforeAll(async () => {
   const reciter = join(folder, "reciter.gguf");
   writeReciter(reciter);
-  tiny = startServer([reciter], { limits: { contextTokens: 2048 } });
+  tiny = await startServer([reciter], { limits: { contextTokens: 2048 } });
   const smol = await smolLm2OrSkip();
-  real = smol === null ? null : startServer([smol], { name: "smol" });
+  real = smol === null ? null : await startServer([smol], { name: "smol" });
 });
 
 afterAll(stopServers);

@@ -22,9 +22,9 @@ export type Shape = ReturnType<typeof JSON.parse>;
 
 /**
  * plain: a model that generates and no more; able: its template thinks and calls tools, it fills holes; scripted: the
- * same with an engine that says what the row lets it say.
+ * same with an engine that says what the row lets it say; embedder: makes vectors and generates nothing.
  */
-export type Kind = "plain" | "able" | "scripted";
+export type Kind = "plain" | "able" | "scripted" | "embedder";
 
 export interface Row {
   /** Section of the reference, and what it says. */

@@ -629,6 +629,43 @@ const rest: readonly Row[] = [
     headers: { authorization: "Bearer sk-anything" },
   },
   {
+    line: "9 embed: model, vectors of length 1, durations and the count of the prompt",
+    on: "embedder",
+    ask: ["POST", "/api/embed", { model: "m", input: ["The sky is blue.", "Hello"] }],
+    type: jsonType,
+    json: { model: "m" },
+    holds: ({ json }) =>
+      json.embeddings.length === 2 &&
+      json.embeddings.every((one: readonly number[]) => Math.abs(Math.hypot(...one) - 1) < 1e-3) &&
+      json.prompt_eval_count > 0 &&
+      json.total_duration > 0,
+  },
+  {
+    line: "9 embed: no input gives no vectors",
+    on: "embedder",
+    ask: ["POST", "/api/embed", { model: "m" }],
+    json: { model: "m", embeddings: [] },
+  },
+  {
+    line: "9 embeddings: one vector",
+    on: "embedder",
+    ask: ["POST", "/api/embeddings", { model: "m", prompt: "Hello" }],
+    holds: ({ json }) => json.embedding.length > 0,
+  },
+  {
+    line: "9 embeddings: no prompt, no vector",
+    on: "embedder",
+    ask: ["POST", "/api/embeddings", { model: "m", prompt: "" }],
+    json: { embedding: [] },
+  },
+  {
+    line: "6 /v1/embeddings: a list, in numbers or in base64",
+    on: "embedder",
+    ask: ["POST", "/v1/embeddings", { model: "m", input: "Hello", encoding_format: "base64" }],
+    json: { object: "list", model: "m" },
+    holds: ({ json }) => typeof json.data[0].embedding === "string",
+  },
+  {
     line: "9 embed without an embedding model",
     ask: ["POST", "/api/embed", { model: "m", input: "x" }],
     status: 501,

@@ -1,5 +1,6 @@
 // Asks every row of the table (conformance.rows.ts) over a real socket and prints how many there were. The scripted
-// rows have a real engine behind them too, which prepares their prompts; what it would generate is replaced.
+// rows have a real engine behind them too, which prepares their prompts; what it would generate is replaced. Whatever a
+// row says, its reply must keep the schema of its route.
 
 import { afterAll, beforeAll, expect, test } from "bun:test";
 import { join } from "node:path";
@@ -8,11 +9,21 @@ import { type EngineChunk, RequestError } from "../../src/engine";
 import { writeThinker } from "../engine/thinker";
 import type { Kind, Row, Seen, Shape } from "./conformance.row";
 import { rows } from "./conformance.rows";
-import { scratchFolder, startServer, stopServers, type TestServer, testModels } from "./served";
+import { routesToSee, verdictOf } from "./conformance.schemas";
+import {
+  scratchFolder,
+  startServer,
+  stopServers,
+  type TestServer,
+  testModels,
+  writeEmbedder,
+} from "./served";
 
 const folder = scratchFolder();
 const servers = new Map<Kind, TestServer>();
 let script: readonly object[] = [];
+const seenRoutes = new Set<string>();
+let validated = 0;
 
 afterAll(stopServers);
 
@@ -20,11 +31,14 @@ beforeAll(async () => {
   const { endless } = await testModels(folder);
   const able = join(folder, "able.gguf");
   writeThinker(able);
-  servers.set("plain", startServer([endless], { name: "m" }));
-  servers.set("able", startServer([able], { name: "m" }));
+  const embedder = join(folder, "embedder.gguf");
+  writeEmbedder(embedder);
+  servers.set("embedder", await startServer([embedder], { name: "m", limits: { contextTokens: null } }));
+  servers.set("plain", await startServer([endless], { name: "m" }));
+  servers.set("able", await startServer([able], { name: "m" }));
   servers.set(
     "scripted",
-    startServer([able], {
+    await startServer([able], {
       name: "m",
       async open(plan, options) {
         const engine = await openChildEngine(plan, options);
@@ -101,6 +115,13 @@ test.each(rows.map((row) => [row.line, row] as const))("%s", async (_, row) => {
   const seen = await send(server.url, row.ask, row.headers);
   const facts = `${seen.status} ${seen.headers.get("content-type")}\n${seen.text}`;
   expect([seen.status, facts]).toEqual([row.status ?? 200, facts]);
+  const [method, path] = row.ask;
+  const { route, problems } = verdictOf(method, path, seen);
+  expect([problems, facts]).toEqual([[], facts]);
+  validated++;
+  if (route !== null) {
+    seenRoutes.add(route);
+  }
   if (row.type !== undefined) {
     expect(seen.headers.get("content-type")).toBe(row.type);
   }
@@ -116,6 +137,30 @@ test.each(rows.map((row) => [row.line, row] as const))("%s", async (_, row) => {
   if (row.holds !== undefined) {
     expect([row.holds(seen), facts]).toEqual([true, facts]);
   }
+});
+
+test("every route was seen and kept its schema, streamed where it streams", () => {
+  expect(routesToSee.filter((route) => !seenRoutes.has(route))).toEqual([]);
+  console.log(`${validated} replies against the schemas of ${routesToSee.length} routes`);
+});
+
+test("a reply that breaks its schema is seen", () => {
+  const reply = (json: object): Seen => ({
+    status: 200,
+    headers: new Headers({ "content-type": "application/json" }),
+    text: "",
+    json,
+    lines: [],
+    events: [],
+    sentMs: 0,
+    doneMs: 0,
+  });
+  const problems = (path: string, json: object) => verdictOf("GET", path, reply(json)).problems;
+  expect(problems("/api/version", { version: "0.33.0" })).toEqual([]);
+  expect(problems("/api/version", { version: 33 }).length).toBe(1);
+  expect(problems("/api/tags", { models: null }).length).toBe(1);
+  expect(problems("/v1/models", { object: "list", data: [{ id: "m" }] }).length).toBe(3);
+  expect(verdictOf("POST", "/api/chat", { ...reply({ error: 5 }), status: 400 }).problems.length).toBe(1);
 });
 
 test("every row has a line of its own", () => {

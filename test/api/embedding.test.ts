@@ -3,21 +3,16 @@
 
 import { afterAll, beforeAll, describe, expect, test } from "bun:test";
 import { join } from "node:path";
-import { writeGguf } from "../fixtures/gguf-writer";
-import { tinyLlama } from "../fixtures/tiny";
-import { post, scratchFolder, startServer, stopServers, type TestServer } from "./served";
+import { post, scratchFolder, startServer, stopServers, type TestServer, writeEmbedder } from "./served";
 
 const folder = scratchFolder();
 let server: TestServer;
 
 afterAll(stopServers);
-beforeAll(() => {
+beforeAll(async () => {
   const path = join(folder, "embedder.gguf");
-  const spec = tinyLlama({ seed: 3, context: 512 });
-  // LLAMA_POOLING_TYPE_MEAN: the vectors of all tokens, averaged.
-  const pooling = { key: "llama.pooling_type", value: { type: "u32", value: 1 } } as const;
-  writeGguf(path, { ...spec, metadata: [...spec.metadata, pooling] });
-  server = startServer([path], { limits: { contextTokens: null } });
+  writeEmbedder(path);
+  server = await startServer([path], { limits: { contextTokens: null } });
 });
 
 interface Embedded {

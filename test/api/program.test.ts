@@ -1,7 +1,7 @@
 // `hypura serve` as a program: what it prints, its flags and Ollama's variables, and its end by a signal.
 
 import { beforeAll, describe, expect, test } from "bun:test";
-import { mkdirSync, readdirSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { hypura } from "../cli/program";
 import { until } from "../engine/process";
@@ -57,6 +57,27 @@ describe("starting", () => {
     expect(other.facts.endpoint).toStartWith("http://127.0.0.1:");
     expect(other.facts.models).toMatchObject([{ contextTokens: 1024 }]);
     expect(await endProgram(other)).not.toContain("for each of");
+  });
+
+  test("a model that streams waits until the machine was measured, once, and what it does is remembered", async () => {
+    const home = join(folder, "fresh-home");
+    const words = [files.experts, "--mode", "stream", "--memory", "175M", "--context", "1024"];
+    const server = await startProgram(words, { HYPURA_HOME: home });
+    expect(server.facts.models).toMatchObject([{ mode: "expert-streaming", predicted: { basis: "model" } }]);
+    expect(server.facts.models[0]?.predicted.decodeTokensPerSecond).toBeGreaterThan(0);
+    await allLines(await post(`${server.facts.endpoint}/api/chat`, chatBody("experts", 20)));
+    const history = join(home, "history.json");
+    await until(
+      () => existsSync(history),
+      () => "nothing was remembered",
+    );
+    expect(JSON.parse(readFileSync(history, "utf8"))).toMatchObject([{ streams: true, decodeTokens: 19 }]);
+    const stderr = await endProgram(server);
+    expect(stderr).toContain("measuring this machine for the plan, once");
+    expect(stderr).toMatch(/tok\/s predicted, prompts at [\d.,]+ tok\/s/);
+    const again = await startProgram(words, { HYPURA_HOME: home });
+    expect(again.facts.models).toMatchObject([{ predicted: { basis: "measured" } }]);
+    expect(await endProgram(again)).not.toContain("measuring");
   });
 
   test.each([
@@ -179,5 +200,35 @@ describe("ending", () => {
       () => `the engine runs on: ${children}`,
       10,
     );
+  });
+});
+
+describe("--trace", () => {
+  test("a trace of each load, whole also when Ctrl-C ends an answer, and exact", async () => {
+    const path = join(folder, "served.trace");
+    const words = ["--mode", "stream", "--context", "512", "--keep-alive", "0", "--trace", path];
+    const server = await startProgram([files.experts, ...words]);
+    const chat = `${server.facts.endpoint}/api/chat`;
+    await allLines(await post(chat, chatBody("experts", 12)));
+    await until(
+      () => existsSync(path),
+      () => "an unloaded model left no trace",
+      10,
+    );
+    const answer = linesOf(await post(chat, chatBody("experts", 400, { options: { num_predict: 400 } })));
+    await answer.next();
+    const stderr = endProgram(server, "SIGINT");
+    await answer.return(undefined).catch(() => {});
+    expect(await stderr).toContain(`${path}.2`);
+    for (const trace of [path, `${path}.2`]) {
+      const { status, stdout } = await hypura(["replay", trace, "--policy", "lru", "--json"]);
+      expect([status, JSON.parse(stdout).isExact]).toEqual([0, true]);
+    }
+    expect(existsSync(`${path}.2.part`)).toBe(false);
+  }, 30_000);
+
+  test("is refused where nothing streams", async () => {
+    const { status, stderr } = await hypura(["serve", files.endless, "--trace", join(folder, "none.trace")]);
+    expect([status, stderr.includes("the whole model is in memory")]).toEqual([2, true]);
   });
 });

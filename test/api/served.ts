@@ -11,6 +11,8 @@ import { noLimits, type PlanLimits } from "../../src/plan";
 import { type Server, serve } from "../../src/server";
 import { endlessModel } from "../cli/program";
 import { makeFixture } from "../fixtures";
+import { writeGguf } from "../fixtures/gguf-writer";
+import { tinyLlama } from "../fixtures/tiny";
 
 /** A folder of this test file's own, removed after its tests. */
 export function scratchFolder(): string {
@@ -26,6 +28,14 @@ export async function testModels(
   const experts = join(folder, "experts.gguf");
   await makeFixture("tiny-qwen3moe", experts);
   return { endless: await endlessModel(folder), experts };
+}
+
+/** A model that makes vectors of texts and generates nothing. */
+export function writeEmbedder(path: string): void {
+  const spec = tinyLlama({ seed: 3, context: 512 });
+  // LLAMA_POOLING_TYPE_MEAN: the vectors of all tokens, averaged.
+  const pooling = { key: "llama.pooling_type", value: { type: "u32", value: 1 } } as const;
+  writeGguf(path, { ...spec, metadata: [...spec.metadata, pooling] });
 }
 
 export interface TestServer {
@@ -55,11 +65,14 @@ export async function stopServers(): Promise<void> {
   started.clear();
 }
 
-export function startServer(words: readonly string[], options: TestServerOptions = {}): TestServer {
+export async function startServer(
+  words: readonly string[],
+  options: TestServerOptions = {},
+): Promise<TestServer> {
   const log: string[] = [];
   const write = (level: string, text: string): void => void log.push(`${level}: ${text}`);
   const parallel = options.parallel ?? 1;
-  const models = openLibrary(words, {
+  const models = await openLibrary(words, {
     limits: { ...noLimits, contextTokens: 1024, threads: 1, slotCount: parallel, ...options.limits },
     name: options.name ?? null,
     storePath: options.storePath ?? "",

@@ -1,11 +1,12 @@
 // The server over a real socket and a real engine: answers, the line before them, clients that leave, models that
 // take turns, engines that are killed or slow, and its end.
 
-import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, spyOn, test } from "bun:test";
 import { connect } from "node:net";
 import { openChildEngine } from "../../src/child";
 import { openEngine } from "../../src/engine";
 import { generate } from "../../src/generate";
+import type { LibraryModel } from "../../src/library";
 import { until } from "../engine/process";
 import {
   allLines,
@@ -64,7 +65,7 @@ async function firstWord(lines: AsyncIterator<Line>): Promise<Line> {
 
 describe("answers", () => {
   test("streamed and whole are the same text, as is the second time", async () => {
-    const server = startServer([files.endless]);
+    const server = await startServer([files.endless]);
     const response = await post(`${server.url}/api/chat`, chatBody("endless", 40));
     expect(response.status).toBe(200);
     expect(response.headers.get("content-type")).toBe("application/x-ndjson");
@@ -87,8 +88,8 @@ describe("answers", () => {
 
   test.each(["resident", "stream"] as const)("of a %s model are those of `hypura run`", async (mode) => {
     const limits = mode === "stream" ? { mode, memoryBytes: 175_000_000 } : { mode };
-    const server = startServer([files.experts], { limits });
-    const plan = server.models[0]?.plan();
+    const server = await startServer([files.experts], { limits });
+    const plan = await server.models[0]?.plan();
     expect(plan?.mode).toBe(mode === "stream" ? "expert-streaming" : "full-resident");
     if (plan === undefined) {
       throw new Error("no plan");
@@ -111,7 +112,7 @@ describe("answers", () => {
   });
 
   test("that run together are each their own", async () => {
-    const server = startServer([files.endless], { parallel: 3 });
+    const server = await startServer([files.endless], { parallel: 3 });
     const ask = async (word: string): Promise<string> => {
       const body = {
         model: "endless",
@@ -131,7 +132,7 @@ describe("answers", () => {
   });
 
   test("in the dialects under /v1", async () => {
-    const server = startServer([files.endless]);
+    const server = await startServer([files.endless]);
     const messages = [{ role: "user", content: "Hi" }];
     const body = { model: "endless", messages, max_tokens: 8, temperature: 0 };
     const chat = await json(await post(`${server.url}/v1/chat/completions`, body));
@@ -153,7 +154,7 @@ describe("answers", () => {
   });
 
   test("a prompt that is too long is refused with a status, in every dialect", async () => {
-    const server = startServer([files.endless], { limits: { contextTokens: 256 } });
+    const server = await startServer([files.endless], { limits: { contextTokens: 256 } });
     const content = "word ".repeat(2000);
     const messages = [{ role: "user", content }];
     const asked: readonly (readonly [string, object])[] = [
@@ -173,9 +174,39 @@ describe("answers", () => {
   });
 });
 
+describe("what the next plan learns", () => {
+  test("is an answer of eight tokens or more that had the engine to itself", async () => {
+    const limits = { mode: "stream", memoryBytes: 175_000_000 } as const;
+    const server = await startServer([files.experts], { limits, parallel: 2 });
+    const remember = spyOn(server.models[0] as LibraryModel, "remember").mockImplementation(() => {});
+    const ask = async (count: number, more: object = {}) =>
+      (await post(`${server.url}/api/chat`, chatBody("experts", count, more))).text();
+    await ask(8);
+    expect(remember).toHaveBeenCalledTimes(0); // the first token came with the prompt
+    await ask(20);
+    await until(
+      () => remember.mock.calls.length === 1,
+      () => "it was not remembered",
+    );
+    const [plan, decoded, streaming] = remember.mock.calls[0] as Parameters<LibraryModel["remember"]>;
+    expect(plan.mode).toBe("expert-streaming");
+    expect(decoded.tokens).toBe(19);
+    expect(decoded.seconds).toBeGreaterThan(0);
+    expect((streaming?.hits ?? 0) + (streaming?.lateHits ?? 0) + (streaming?.misses ?? 0)).toBeGreaterThan(0);
+    expect(streaming?.passes).toBeLessThanOrEqual(20);
+    await ask(20, { stream: false });
+    await until(
+      () => remember.mock.calls.length === 2,
+      () => "it was not remembered",
+    );
+    await Promise.all([ask(40), ask(40)]);
+    expect(remember).toHaveBeenCalledTimes(2);
+  });
+});
+
 describe("the line", () => {
   test("is bounded: beyond it 503 in Ollama's words, for every dialect", async () => {
-    const server = startServer([files.endless], { maxQueue: 1 });
+    const server = await startServer([files.endless], { maxQueue: 1 });
     const stop = new AbortController();
     const first = linesOf(
       await post(`${server.url}/api/chat`, chatBody("endless", 100_000), { signal: stop.signal }),
@@ -204,7 +235,7 @@ describe("the line", () => {
   });
 
   test("who waits has no headers yet, and leaves it at once", async () => {
-    const server = startServer([files.endless]);
+    const server = await startServer([files.endless]);
     const stop = new AbortController();
     const first = linesOf(
       await post(`${server.url}/api/chat`, chatBody("endless", 100_000), { signal: stop.signal }),
@@ -237,7 +268,7 @@ describe("the line", () => {
   });
 
   test.each([true, false])("a client that leaves frees its slot (stream: %p)", async (stream) => {
-    const server = startServer([files.endless]);
+    const server = await startServer([files.endless]);
     for (let round = 0; round < 3; round++) {
       const leave = new AbortController();
       const asked = post(`${server.url}/api/chat`, chatBody("endless", 1_000_000, { stream }), {
@@ -259,7 +290,7 @@ describe("the line", () => {
   });
 
   test("a client that does not read holds up nobody", async () => {
-    const server = startServer([files.endless], { parallel: 2 });
+    const server = await startServer([files.endless], { parallel: 2 });
     await allLines(await post(`${server.url}/api/chat`, chatBody("endless", 1)));
     const body = JSON.stringify(chatBody("endless", 1_000_000));
     const lazy = connect(Number(new URL(server.url).port), "127.0.0.1");
@@ -281,7 +312,7 @@ describe("the line", () => {
 
 describe("models", () => {
   test("take turns, and what is said of them is true", async () => {
-    const server = startServer([files.endless, files.experts]);
+    const server = await startServer([files.endless, files.experts]);
     expect(await running(server)).toEqual([]);
     const load = await json(await post(`${server.url}/api/chat`, { model: "endless" }));
     expect(load).toMatchObject({ model: "endless", done: true, done_reason: "load" });
@@ -310,7 +341,7 @@ describe("models", () => {
   });
 
   test("leave when their time is over, or at once when asked", async () => {
-    const server = startServer([files.endless]);
+    const server = await startServer([files.endless]);
     await allLines(await post(`${server.url}/api/chat`, chatBody("endless", 1, { keep_alive: "90s" })));
     const [entry] = await running(server);
     const seconds = (Date.parse(entry?.expires_at ?? "") - Date.now()) / 1000;
@@ -335,7 +366,7 @@ describe("models", () => {
   });
 
   test("are described at once while one generates", async () => {
-    const server = startServer([files.endless]);
+    const server = await startServer([files.endless]);
     const stop = new AbortController();
     await firstWord(
       linesOf(await post(`${server.url}/api/chat`, chatBody("endless", 100_000), { signal: stop.signal })),
@@ -352,7 +383,7 @@ describe("models", () => {
 
 describe("engines", () => {
   test("killed in mid-stream: an error line, a clean end, and the next request is right", async () => {
-    const server = startServer([files.endless], { parallel: 2 });
+    const server = await startServer([files.endless], { parallel: 2 });
     const right = textOf(await allLines(await post(`${server.url}/api/chat`, chatBody("endless", 20))));
     const streams = await Promise.all(
       ["/api/chat", "/api/chat"].map((path) => post(server.url + path, chatBody("endless", 1_000_000))),
@@ -378,7 +409,7 @@ describe("engines", () => {
   });
 
   test("that cannot be opened are an error with the reason, and the server stays", async () => {
-    const server = startServer([files.endless], {
+    const server = await startServer([files.endless], {
       open: (plan, options) => openChildEngine({ ...plan, tensors: plan.tensors.slice(1) }, options),
     });
     for (const path of ["/api/chat", "/v1/chat/completions"]) {
@@ -391,7 +422,7 @@ describe("engines", () => {
 
   test("that are slow: a first line at once, heartbeats in silence, and what fails then is a line", async () => {
     let fail = false;
-    const server = startServer([files.endless], {
+    const server = await startServer([files.endless], {
       heartbeatMs: 100,
       async open(plan, options) {
         const engine = await openChildEngine(plan, options);
@@ -446,7 +477,7 @@ describe("engines", () => {
 
 describe("the end", () => {
   test("lets a short answer finish and takes nothing new", async () => {
-    const server = startServer([files.endless]);
+    const server = await startServer([files.endless]);
     await allLines(await post(`${server.url}/api/chat`, chatBody("endless", 1)));
     const process_ = server.keeper.residence()?.processId as number;
     const answer = linesOf(await post(`${server.url}/api/chat`, chatBody("endless", 200)));
@@ -463,7 +494,7 @@ describe("the end", () => {
   });
 
   test("cancels a long one with a line that says so", async () => {
-    const server = startServer([files.endless]);
+    const server = await startServer([files.endless]);
     const answer = linesOf(await post(`${server.url}/api/chat`, chatBody("endless", 1_000_000)));
     await firstWord(answer);
     const waiting = post(`${server.url}/api/chat`, chatBody("endless", 1));

@@ -57,7 +57,7 @@ beforeAll(async () => {
 });
 
 /** A server whose pool holds a quarter of the strides of each class; `batch` sizes the passes of a prompt. */
-function startStreaming(name: string, mode: Plan["mode"], batch: Partial<Plan> = {}): TestServer {
+function startStreaming(name: string, mode: Plan["mode"], batch: Partial<Plan> = {}): Promise<TestServer> {
   return startServer([pathOf(name)], {
     limits: { mode: "stream", contextTokens: 1024 },
     open(plan, options) {
@@ -94,7 +94,7 @@ describe.each(subjects)("$name, $mode with a quarter in the pool", ({ name, mode
   const prompt = "Once upon a time there was a small machine";
 
   test("says what `hypura run` says: chat, generate and generate as it stands", async () => {
-    const server = startStreaming(name, mode);
+    const server = await startStreaming(name, mode);
     const chat = await runText(name, ["--mode", "resident", "--prompt", prompt]);
     const raw = await runText(name, ["--mode", "resident", "--raw", "--prompt", prompt]);
     expect(chat).not.toBe(raw);
@@ -119,7 +119,7 @@ describe.each(subjects)("$name, $mode with a quarter in the pool", ({ name, mode
   });
 
   test("an identical turn reads the weights for its answer, not for what it has read before", async () => {
-    const server = startStreaming(name, mode, { ubatchTokens: 32, batchTokens: 32 });
+    const server = await startStreaming(name, mode, { ubatchTokens: 32, batchTokens: 32 });
     const system = "You are a helpful assistant. ".repeat(20);
     const messages = [
       { role: "system", content: system },

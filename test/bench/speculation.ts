@@ -40,7 +40,7 @@ const prompts = JSON.parse(
 type Teller = Subject<Asked, Figures>;
 
 function open(name: string, plan: Plan): Promise<Teller> {
-  return openSubject<Asked, Figures>(name, plan, null, join(import.meta.dir, "teller.ts"));
+  return openSubject<Asked, Figures>(name, plan, null, { program: join(import.meta.dir, "teller.ts") });
 }
 
 function limitsFor(memoryBytes: number | null, change: Partial<PlanLimits> = {}): PlanLimits {

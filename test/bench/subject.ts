@@ -7,6 +7,7 @@ import { createInterface } from "node:readline";
 import { type Engine, openEngine } from "../../src/engine";
 import type { Plan } from "../../src/plan";
 import { countersSince, type StreamingCounters } from "../../src/streaming";
+import { traceHeader } from "../../src/trace";
 
 export interface Question {
   readonly promptTokens: number;
@@ -45,12 +46,19 @@ export function canLimit(): boolean {
   }
 }
 
-/** Opens `plan` in a process of its own, under a memory limit where one is given; `program` is what it runs. */
+export interface SubjectOptions {
+  /** The module that is run as the process; this one by default. */
+  readonly program?: string;
+  /** Where a routing trace goes. */
+  readonly tracePath?: string;
+}
+
+/** Opens `plan` in a process of its own, under a memory limit where one is given. */
 export async function openSubject<Asked = Question, Told = Figures>(
   name: string,
   plan: Plan,
   limitBytes: number | null,
-  program = import.meta.path,
+  { program = import.meta.path, tracePath }: SubjectOptions = {},
 ): Promise<Subject<Asked, Told>> {
   const folder = `${group}/${process.pid}-${name.replace(/\W+/g, "-")}`;
   if (limitBytes !== null) {
@@ -60,7 +68,8 @@ export async function openSubject<Asked = Question, Told = Figures>(
   const planPath = `/tmp/hypura-bench-${process.pid}-${name.replace(/\W+/g, "-")}.json`;
   writeFileSync(planPath, JSON.stringify(plan));
   const enter = limitBytes === null ? "" : `echo $$ > ${folder}/cgroup.procs && `;
-  const child = Bun.spawn(["sh", "-c", `${enter}exec "$0" "$@"`, process.execPath, program, planPath], {
+  const words = [process.execPath, program, planPath, ...(tracePath === undefined ? [] : [tracePath])];
+  const child = Bun.spawn(["sh", "-c", `${enter}exec "$0" "$@"`, ...words], {
     stdin: "pipe",
     stdout: "pipe",
     stderr: "inherit",
@@ -140,9 +149,14 @@ async function answer(engine: Engine, { promptTokens, tokens, seed }: Question):
 }
 
 if (import.meta.main) {
-  const plan = JSON.parse(readFileSync(process.argv[2] as string, "utf8")) as Plan;
+  const [, , planPath = "", tracePath] = process.argv;
+  const plan = JSON.parse(readFileSync(planPath, "utf8")) as Plan;
   const started = performance.now();
-  const engine = await openEngine(plan);
+  const trace =
+    tracePath === undefined || plan.streaming === null
+      ? {}
+      : { trace: { path: tracePath, header: JSON.stringify(traceHeader(plan, plan.streaming)) } };
+  const engine = await openEngine(plan, trace);
   console.log(JSON.stringify({ openSeconds: (performance.now() - started) / 1000 }));
   for await (const line of createInterface({ input: process.stdin })) {
     console.log(JSON.stringify(await answer(engine, JSON.parse(line) as Question)));
