@@ -6,7 +6,7 @@
 import type { Model } from "./model";
 import type { Choice, PlanLimits, Speculation } from "./plan";
 import type { Placement, Speeds } from "./plan-cost";
-import type { GuessExperience } from "./plan-history";
+import { type GuessExperience, modelKeyOf } from "./plan-history";
 import { bytesText, countText, durationText, rateText } from "./text";
 
 /**
@@ -102,6 +102,7 @@ function on(maxTokens: number, draft: Draft | null, reason: string): Speculation
       fromContext: true,
       matchTokens,
       draftPath: draft?.path ?? null,
+      draftKey: draft === null ? null : modelKeyOf(draft.model),
       draftProbability: draft === null ? 0 : draftProbability,
     },
     choice: { name: "speculation", value: `up to ${countText(maxTokens)} tokens, ${source}`, reason },

@@ -61,7 +61,7 @@ const args = {
   draft: limitArgs.draft,
   trace: {
     type: "string",
-    description: "Write down which strides are asked for, for `hypura replay` (a later load: FILE.2 ...)",
+    description: "Write which strides are asked for, for `hypura replay` (later: FILE.2 ...)",
     valueHint: "FILE",
   },
   json: { type: "boolean", description: "Print one JSON object on stdout once it listens" },

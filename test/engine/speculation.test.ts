@@ -34,7 +34,14 @@ beforeAll(async () => {
 });
 
 function guesses(maxTokens: number): Speculation {
-  return { maxTokens, fromContext: true, matchTokens: 2, draftPath: null, draftProbability: 0 };
+  return {
+    maxTokens,
+    fromContext: true,
+    matchTokens: 2,
+    draftPath: null,
+    draftKey: null,
+    draftProbability: 0,
+  };
 }
 
 /** Streaming through the smallest pool, with a batch that holds every slot's token and guesses and not one more. */
