@@ -47,15 +47,18 @@ function limitsFor(memoryBytes: number | null, change: Partial<PlanLimits> = {})
   return { ...noLimits, contextTokens: 1024, slotCount: 1, memoryBytes, ...change };
 }
 
+/** As `run` plans: with what was measured here. */
+const machine = await loadMachine({ folder: path === "" ? "." : path, measure: "cached" });
+
 /** The plan as it guesses, and the same plan without. */
 function bothPlans(limits: PlanLimits): { readonly on: Plan; readonly off: Plan } {
-  const on = planOf(openModelFile(path), limits);
+  const on = planOf(openModelFile(path), limits, machine);
   const draft = on.speculation?.draftPath ?? null;
   // A draft takes memory: without it the weights have that memory.
   const off =
     draft === null
       ? { ...on, speculation: null }
-      : planOf(openModelFile(path), { ...limits, draftPath: null, speculation: "off" });
+      : planOf(openModelFile(path), { ...limits, draftPath: null, speculation: "off" }, machine);
   if (on.speculation === null) {
     throw new Error(
       `the plan guesses nothing: ${on.choices.find((one) => one.name === "speculation")?.reason}`,
@@ -217,7 +220,6 @@ async function repeat(): Promise<void> {
 async function experts(): Promise<void> {
   const limits = limitsFor(parseBytes(flag("memory") ?? "2G") ?? null, { mode: "stream" });
   const file = openModelFile(path);
-  const machine = await loadMachine({ folder: path, measure: "cached" });
   const at = new Date().toISOString();
   const { on, off } = bothPlans({ ...limits, speculation: 4 });
   await using onTeller = await open("on", on);
