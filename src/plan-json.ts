@@ -177,6 +177,7 @@ const plan = object({
       fromContext: flag,
       matchTokens: whole(0, 65_535),
       draftPath: nullable(text),
+      draftKey: nullable(text),
       draftProbability: number,
     }),
   ),

@@ -139,6 +139,8 @@ export interface Speculation {
   readonly matchTokens: number;
   /** A small model with the same vocabulary that guesses where the context gives nothing. */
   readonly draftPath: string | null;
+  /** What identifies it whatever its file is called (modelKeyOf); native code does not ask. */
+  readonly draftKey: string | null;
   /** A draft ends before a token that the draft model holds less likely, 0 to 1. */
   readonly draftProbability: number;
 }

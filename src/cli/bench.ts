@@ -77,7 +77,7 @@ const args = {
   threads: limitArgs.threads,
   mode: limitArgs.mode,
   "kv-type": limitArgs["kv-type"],
-  speculation: limitArgs.speculation,
+  speculation: { ...limitArgs.speculation, description: "Guess tokens, though the text is random: N (off)" },
   draft: limitArgs.draft,
   "gpu-memory": limitArgs["gpu-memory"],
   "prompt-tokens": {
@@ -309,7 +309,10 @@ function plansOf(
   // --memory is the control group's: what is left in it bounds the plan, and a plan from a file is taken as it is.
   const { memory: _, ...asked } = flags;
   const machine = machineWith(known.machine, groupBytes);
-  const hypura = planOf(file, limitsOf(asked), machine, known.knowledge);
+  // Its prompt is of random tokens, for which nobody can guess well: a pass for each, unless asked otherwise.
+  const speculation = flags.speculation ?? (flags.draft === undefined ? "off" : undefined);
+  const limits = flags.plan === undefined ? { ...asked, speculation } : asked;
+  const hypura = planOf(file, limitsOf(limits), machine, known.knowledge);
   if (flags.baseline !== true) {
     return { hypura, baseline: null };
   }
@@ -408,7 +411,14 @@ function tellPlanner(
   { plans, file, group, profiled }: Setting,
   { side, startedAt, outcome }: RunRecord,
 ): void {
-  if (side !== "hypura" || group !== null || outcome.status !== "finished" || outcome.figures.isCutShort) {
+  const isGuessing = plans.hypura?.speculation != null; // and what is right of guesses at random text says nothing
+  if (
+    isGuessing ||
+    side !== "hypura" ||
+    group !== null ||
+    outcome.status !== "finished" ||
+    outcome.figures.isCutShort
+  ) {
     return;
   }
   const { decodedTokens, decodeTokensPerSecond, reads } = outcome.figures;

@@ -57,6 +57,8 @@ const args = {
   threads: limitArgs.threads,
   memory: limitArgs.memory,
   mode: limitArgs.mode,
+  speculation: limitArgs.speculation,
+  draft: limitArgs.draft,
   trace: {
     type: "string",
     description: "Write down what streams, for `hypura replay` (later loads: FILE.2 ...)",

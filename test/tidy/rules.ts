@@ -76,6 +76,7 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   ["src/plan", []],
   ["src/plan-memory", []],
   ["src/plan-cost", []],
+  ["src/plan-draft", []],
   ["src/plan-history", []],
   ["src/plan-json", []],
   ["src/plan-resident", []],
