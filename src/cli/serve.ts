@@ -7,10 +7,11 @@ import { type Address, originRule, parseOllamaHost } from "../http-policy";
 import { Keeper, type Log } from "../keeper";
 import { type LibraryModel, ollamaStorePath, openLibrary } from "../library";
 import { type Plan, totalBytes } from "../plan";
+import { PrefixStore } from "../prefix-store";
 import { type Server, serve } from "../server";
 import { bytesText, countText, durationText, plural, rateText } from "../text";
 import { durationSeconds } from "../wire-body";
-import { command, limitArgs, limitsOf, numberFlag, positionalsOf, warnOfCut } from "./command";
+import { bytesFlag, command, limitArgs, limitsOf, numberFlag, positionalsOf, warnOfCut } from "./command";
 import { measureOnce } from "./measuring";
 import { print, tell } from "./terminal";
 
@@ -56,6 +57,11 @@ const args = {
   threads: limitArgs.threads,
   memory: limitArgs.memory,
   mode: limitArgs.mode,
+  "prefix-cache": {
+    type: "string",
+    description: "Keep what conversations begin with on disk, up to this size (off)",
+    valueHint: "SIZE",
+  },
   json: { type: "boolean", description: "Print one JSON object on stdout once it listens" },
   verbose: { type: "boolean", description: "Say what was decided and why, and every request" },
 } as const;
@@ -79,12 +85,14 @@ export const serveCommand = command(
       const flags = given as Flags;
       const settings = settingsOf(flags, process.env);
       const log = logOf(flags.verbose === true);
+      const prefixCache = bytesFlag("prefix-cache", flags["prefix-cache"]);
       const models = await openLibrary(positionalsOf(rawArgs), {
         limits: settings.limits,
         name: flags.name ?? null,
         storePath: ollamaStorePath(process.env),
         onWarning: (sentence) => consola.warn(sentence),
         measure: measureOnce,
+        prefixes: prefixCache === undefined ? null : new PrefixStore({ budgetBytes: prefixCache, log }),
       });
       const keeper = new Keeper<LibraryModel>({ ...settings, log });
       const server = serve({ ...settings, ...settings.address, models, keeper, log });
@@ -99,10 +107,15 @@ export const serveCommand = command(
       "hypura serve model.gguf --port 11434 --keep-alive 30m     # where Ollama's clients look",
       "hypura serve big.gguf small.gguf --memory 16G             # two models, one at a time in memory",
       "hypura serve models/ --parallel 4                         # a folder; four requests decode together",
+      "hypura serve big.gguf --prefix-cache 20G                  # an agent's instructions are read once for all",
       "hypura serve ollama:llama3.2:3b                           # what Ollama has pulled, read-only",
       'curl http://127.0.0.1:8080/api/chat -d \'{"model":"NAME","messages":[{"role":"user","content":"Hi"}]}\'',
     ],
     notes: [
+      "--prefix-cache writes the cache of each new system prompt with its tools to disk and takes it from there after\n" +
+        "a restart, instead of evaluating it again, which takes minutes where weights are streamed. What users and the\n" +
+        "model say is not written. For models of plain attention, and clients of /api/chat, /api/generate and\n" +
+        "/v1/chat/completions; what was used longest ago goes first.",
       "A model is loaded by its first request. One is in memory at a time: a request for another waits until those\n" +
         "that run are done, and then takes its place.\n" +
         "Without --context a request may use 32,768, 24,576 or 16,384 tokens (less where the model was trained for\n" +

@@ -24,8 +24,9 @@ export interface Running {
 export async function startProgram(
   words: readonly string[],
   env: Readonly<Record<string, string>> = {},
+  start: readonly string[] = program,
 ): Promise<Running> {
-  const child = Bun.spawn([...program, "serve", "--port", "0", "--threads", "1", "--json", ...words], {
+  const child = Bun.spawn([...start, "serve", "--port", "0", "--threads", "1", "--json", ...words], {
     env: { ...environment, ...env },
     stdin: "ignore",
     stdout: "pipe",

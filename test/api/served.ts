@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { Keeper, type KeeperOptions } from "../../src/keeper";
 import { type LibraryModel, openLibrary } from "../../src/library";
 import { noLimits, type PlanLimits } from "../../src/plan";
+import { PrefixStore } from "../../src/prefix-store";
 import { type Server, serve } from "../../src/server";
 import { endlessModel } from "../cli/program";
 import { makeFixture } from "../fixtures";
@@ -55,6 +56,9 @@ export interface TestServerOptions extends Partial<Omit<KeeperOptions, "log">> {
   readonly hostname?: string;
   readonly heartbeatMs?: number;
   readonly storePath?: string;
+  /** What the store of prefixes may take, in `prefixFolder`; absent: there is none. */
+  readonly prefixBytes?: number;
+  readonly prefixFolder?: string;
 }
 
 const started = new Set<() => Promise<void>>();
@@ -77,6 +81,14 @@ export async function startServer(
     name: options.name ?? null,
     storePath: options.storePath ?? "",
     onWarning: (sentence) => write("warn", sentence),
+    prefixes:
+      options.prefixBytes === undefined
+        ? null
+        : new PrefixStore({
+            budgetBytes: options.prefixBytes,
+            log: write,
+            folder: join(options.prefixFolder ?? "", "prefixes"),
+          }),
   });
   const keeper = new Keeper<LibraryModel>({
     maxQueue: 16,
