@@ -5,6 +5,7 @@
 import type { EngineChunk } from "./engine";
 import type { Keeper, Lease, Log } from "./keeper";
 import type { LibraryModel } from "./library";
+import type { ServedModel } from "./ollama-model";
 import { drive, type EngineCall, embed, type Prepared, prepare } from "./ollama-prepare";
 import { errorReply, renderReply, replyFor, residenceReply } from "./ollama-reply";
 import type { EmbedWork, GenerateWork, Work } from "./ollama-request";
@@ -363,6 +364,11 @@ export async function answerEmbed(
   });
 }
 
+/** What is known of a model once it is loaded, with the rest. */
+function servedBy({ model, info }: Lease<LibraryModel>): ServedModel {
+  return { ...model.served, canShift: info.canShift };
+}
+
 /** Asks the engine what a dialect's steps want to know. */
 function asker(lease: Lease<LibraryModel>): (call: EngineCall) => Promise<unknown> {
   return ({ route, body }) => lease.ask(route, body);
@@ -370,7 +376,7 @@ function asker(lease: Lease<LibraryModel>): (call: EngineCall) => Promise<unknow
 
 async function readied(shop: Workshop, job: Job, model: LibraryModel, work: GenerateWork) {
   const lease = await job.enter(shop.keeper, model, work.keepAliveSeconds);
-  const prepared = await drive(prepare(work, model.served), asker(lease));
+  const prepared = await drive(prepare(work, servedBy(lease)), asker(lease));
   return { lease, prepared };
 }
 
@@ -434,7 +440,7 @@ export async function answerV1(
   const keepAliveSeconds = work.kind === "embed" ? work.work.keepAliveSeconds : null;
   const begin = async (): Promise<AsyncGenerator<EngineChunk, void> | null> => {
     const lease = await job.enter(shop.keeper, model, keepAliveSeconds);
-    const prepared = await drive(prepareV1(work, model.served), asker(lease));
+    const prepared = await drive(prepareV1(work, servedBy(lease)), asker(lease));
     reply.begin(prepared);
     if (prepared.kind === "answer") {
       return null;

@@ -165,6 +165,7 @@ const plan = object({
     }),
   ),
   slotFolder: nullable(text),
+  contextShift: flag,
   memory: object({ ...memory, poolBytes: bytes, streamingBytes: bytes, processBytes: bytes }),
   gpuMemory: nullable(object(memory)),
   longestContextTokens: whole(0),

@@ -258,6 +258,7 @@ export function commonPart(task: Task, placement: Placement, { context, sides, u
     kvTypeV: task.kvType,
     embeddings: limits.embeddings === true,
     slotFolder: null,
+    contextShift: limits.contextShift === true,
     memory: sides.ram,
     gpuMemory: placement.gpuLayers === 0 ? null : sides.gpu,
     longestContextTokens: longestContext(task, placement, ubatchTokens),

@@ -153,6 +153,8 @@ export interface Plan {
   readonly speculation: Speculation | null;
   /** Where the KV of slots may be kept (prefix-store.ts); null: inference writes nothing. */
   readonly slotFolder: string | null;
+  /** A context that is full loses its older half and generation goes on; else it ends. */
+  readonly contextShift: boolean;
   readonly memory: MemoryUse;
   /** Null where no GPU is used. */
   readonly gpuMemory: GpuMemoryUse | null;
@@ -188,6 +190,7 @@ export interface PlanLimits {
   readonly embeddings?: boolean;
   /** Tokens guessed and verified in one pass, at most; `auto` guesses where a pass does not take longer for it. */
   readonly speculation?: "off" | "auto" | number;
+  readonly contextShift?: boolean;
   /** A plan that was made before: it is followed as it is, if it is one of this model. */
   readonly plan?: Plan | null;
 }

@@ -155,6 +155,7 @@ function settingsOf(flags: Flags, environment: Environment): Settings {
     limits: {
       ...limitsOf({ ...flags, context: context === "" ? undefined : context }),
       slotCount: parallel,
+      contextShift: true,
     },
     parallel,
     maxQueue: number("max-queue", "OLLAMA_MAX_QUEUE", whole(0, 1_000_000)) ?? 512,

@@ -77,7 +77,14 @@ export async function startServer(
   const write = (level: string, text: string): void => void log.push(`${level}: ${text}`);
   const parallel = options.parallel ?? 1;
   const models = await openLibrary(words, {
-    limits: { ...noLimits, contextTokens: 1024, threads: 1, slotCount: parallel, ...options.limits },
+    limits: {
+      ...noLimits,
+      contextTokens: 1024,
+      threads: 1,
+      slotCount: parallel,
+      contextShift: true,
+      ...options.limits,
+    },
     name: options.name ?? null,
     storePath: options.storePath ?? "",
     onWarning: (sentence) => write("warn", sentence),
