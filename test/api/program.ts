@@ -10,6 +10,7 @@ interface Facts {
     readonly name: string;
     readonly mode: string;
     readonly contextTokens: number;
+    readonly memoryBytes: number;
     readonly predicted: { readonly decodeTokensPerSecond: number | null; readonly basis: string };
   }[];
 }
