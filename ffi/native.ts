@@ -2,20 +2,11 @@
 // hypura.h a typed face. It knows nothing of plans or events. Every call returns at once.
 
 import { CString, dlopen, type Pointer } from "bun:ffi";
-import {
-  chmodSync,
-  existsSync,
-  lstatSync,
-  mkdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs";
-import { homedir, tmpdir } from "node:os";
-import { dirname, join } from "node:path";
+import { closeSync } from "node:fs";
 import { HypuraError } from "../src/errors";
-import { hashOf, libraryName } from "./library";
+import { type EmbeddedLibrary, libraryName } from "./library";
+import { candidates, suitable } from "./loader";
+import { processorFeatures } from "./processor";
 
 /** HY_ABI_VERSION that this file is written for. */
 const abiVersion = 1;
@@ -44,6 +35,10 @@ export type EngineId = bigint;
 
 export interface NativeLibrary {
   readonly path: string;
+  /** Of the CPU kernels: targets.ts's name, "native" for this machine's own build, null where a person named the file. */
+  readonly variant: string | null;
+  /** What was passed over before it, as sentences. */
+  readonly tried: readonly string[];
   /** Facts about the build: llama.cpp's version, and the CPU features compiled in. */
   buildInfo(): { readonly llama: string; readonly build: string; readonly system: string };
   /** Starts to load; the descriptor is the caller's to read and to close. */
@@ -56,20 +51,12 @@ export interface NativeLibrary {
   activeRequests(engine: EngineId): number;
 }
 
-interface EmbeddedLibrary {
-  /** Where Bun shows the bytes inside the executable. */
-  readonly path: string;
-  readonly sizeBytes: number;
-  /** hashOf the bytes. */
-  readonly hash: string;
-}
-
-let embedded: EmbeddedLibrary | undefined;
+let embedded: readonly EmbeddedLibrary[] | null = null;
 let loaded: NativeLibrary | undefined;
 
-/** Told by the compiled executable's entry, which carries the library. */
-export function embedLibrary(library: EmbeddedLibrary): void {
-  embedded = library;
+/** Told by the compiled executable's entry, which carries the libraries, best first. */
+export function embedLibraries(libraries: readonly EmbeddedLibrary[]): void {
+  embedded = libraries;
 }
 
 /** The library, loaded on first use. */
@@ -80,97 +67,48 @@ export function nativeLibrary(): NativeLibrary {
 
 function load(): NativeLibrary {
   const tried: string[] = [];
-  for (const candidate of candidates(tried)) {
+  for (const { path, variant } of candidates({ embedded, openMemoryFile }, tried)) {
     try {
-      return bind(candidate, dlopen(candidate, symbols).symbols);
+      return bind({ path, variant, tried }, dlopen(path, symbols).symbols);
     } catch (error) {
-      tried.push(`${candidate}: ${(error as Error).message}`);
+      tried.push(`${path}: ${(error as Error).message}`);
     }
   }
   const hint =
-    embedded === undefined
+    embedded === null
       ? "build it with `bun run native`"
-      : "set HYPURA_CACHE to a folder that allows execution";
+      : "set HYPURA_CACHE to a folder with room that allows execution";
   throw new HypuraError(
     "internal",
-    `${libraryName} could not be loaded; ${hint}. Tried:\n  ${tried.join("\n  ")}`,
+    `${libraryName} could not be loaded: ${hint}. Tried: ${tried.join("; ")}`,
   );
 }
 
-/** Places to load from, best first. What fails on the way is noted in `tried`. */
-function* candidates(tried: string[]): Generator<string> {
-  const override = process.env["HYPURA_LIB"];
-  if (override !== undefined && override !== "") {
-    yield override; // what a person names is used or refused, never replaced
-    return;
-  }
-  if (embedded === undefined) {
-    yield join(import.meta.dir, "..", "build", "native", libraryName);
-    return;
-  }
-  const beside = join(dirname(process.execPath), libraryName);
-  if (existsSync(beside)) {
-    yield beside;
-  }
-  for (const root of cacheRoots()) {
-    try {
-      yield extract(embedded, root);
-    } catch (error) {
-      tried.push(`${root}: ${(error as Error).message}`);
-    }
-  }
+/** The best of the libraries that the executable carries, for this processor; null where it carries none. */
+export function bestVariant(): string | null {
+  return embedded === null ? null : suitable(embedded, processorFeatures(), "").variant;
 }
 
-function cacheRoots(): readonly string[] {
-  const home = homedir();
-  const roots = [
-    process.env["HYPURA_CACHE"],
-    process.env["XDG_CACHE_HOME"],
-    process.platform === "darwin" ? join(home, "Library", "Caches") : join(home, ".cache"),
-    tmpdir(),
-  ];
-  return roots.filter((root) => root !== undefined && root !== "" && root !== "/") as string[];
-}
-
-/** Writes the library into a folder named by its hash, unless a sound copy of our own is there. */
-function extract(library: EmbeddedLibrary, root: string): string {
-  const folder = join(root, "hypura", `lib-${library.hash}`);
-  const file = join(folder, libraryName);
-  if (!isIntact(file, library)) {
-    mkdirSync(folder, { recursive: true, mode: 0o700 });
-    const temporary = `${file}.${process.pid}`;
-    try {
-      writeFileSync(temporary, readFileSync(library.path), { mode: 0o500 });
-      chmodSync(temporary, 0o500);
-      renameSync(temporary, file);
-    } catch (error) {
-      rmSync(temporary, { force: true });
-      throw error;
-    }
+/** memfd_create(2): executable wherever files are not. */
+function openMemoryFile(): { readonly descriptor: number; readonly close: () => void } | null {
+  if (process.platform !== "linux") {
+    return null;
   }
-  return file;
-}
-
-function isIntact(file: string, library: EmbeddedLibrary): boolean {
-  const stat = lstatSync(file, { throwIfNoEntry: false });
-  if (stat === undefined || !stat.isFile() || stat.size !== library.sizeBytes) {
-    return false;
-  }
-  if (stat.uid !== process.getuid?.() || (stat.mode & 0o022) !== 0) {
-    return false; // another user could have written it
-  }
-  return hashOf(readFileSync(file)) === library.hash;
+  const closeOnExec = 1; // MFD_CLOEXEC
+  const c = dlopen("libc.so.6", { memfd_create: { args: ["buffer", "u32"], returns: "i32" } });
+  const descriptor = c.symbols.memfd_create(zeroEnded(libraryName), closeOnExec);
+  return descriptor < 0 ? null : { descriptor, close: () => closeSync(descriptor) };
 }
 
 type Bound = ReturnType<typeof dlopen<typeof symbols>>["symbols"];
 
-function bind(path: string, native: Bound): NativeLibrary {
+function bind(origin: Pick<NativeLibrary, "path" | "variant" | "tried">, native: Bound): NativeLibrary {
   const version = native.hy_abi_version();
   if (version !== abiVersion) {
     throw new Error(`its interface is version ${version}, this hypura needs ${abiVersion}`);
   }
   return {
-    path,
+    ...origin,
     buildInfo: () => JSON.parse(new CString(native.hy_build_info() as Pointer).toString()),
     open(planJson) {
       const plan = new TextEncoder().encode(planJson);

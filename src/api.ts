@@ -4,6 +4,7 @@
 
 import { availableParallelism } from "node:os";
 import { basename } from "node:path";
+import { planWithDraft } from "./draft";
 import { type Engine, openEngine } from "./engine";
 import { HypuraError } from "./errors";
 import {
@@ -148,7 +149,8 @@ export function planOf(
     );
   }
   const name = basename(file.path).replace(/(-00001-of-\d{5})?\.gguf$/i, "");
-  return makePlan({ name, files: file.files, model: file.model }, machine, limits, knowledge);
+  const subject = { name, files: file.files, model: file.model };
+  return planWithDraft(file, limits, (all) => makePlan(subject, machine, all, knowledge));
 }
 
 /** The model that an open engine holds. */

@@ -2,7 +2,7 @@
 // owns how figures look on paper; what they mean is bench.ts's and replay.ts's.
 
 import { readFileSync } from "node:fs";
-import { finished, medianOf, type RunRecord, ratioOf } from "./bench";
+import { finished, medianOf, type RunFigures, type RunRecord, ratioOf } from "./bench";
 import { openTrace, type ReplayPass, replayRecorded } from "./replay";
 import { bandwidthText, bytesText, durationText, rateText } from "./text";
 import { type TraceEvent, type TraceHeader, traceEvents } from "./trace";
@@ -89,6 +89,8 @@ export function benchPage(records: readonly RunRecord[], passages: Passages | nu
     "<h2>Runs</h2>",
     runTable(records),
     ratioText(records),
+    `<p class="faint">10 % and 90 %: one token in ten was slower, one in ten was faster. Bound: what the disk or the memory would
+have allowed, whichever is less; reached: the share of it.</p>`,
     "<h2>Speed over tokens</h2>",
     speedPlot(records),
     ...(passages === null
@@ -125,13 +127,13 @@ const style = `
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --paper: #14171b; --faint: #98a1ab; --line: #343a42;
   --a: #6ea8e6; --b: #e8935a; --c: #72c487; --d: #bd8be0; --stall: #ef6b62; } }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 980px; margin: 0 auto; padding: 24px; }
+main { max-width: 1120px; margin: 0 auto; padding: 24px; }
 h1 { font-size: 22px; } h2 { font-size: 17px; margin-top: 32px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { text-align: right; padding: 3px 6px; border-bottom: 1px solid var(--line); white-space: nowrap; } th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-.wide { overflow-x: auto; } .faint { color: var(--faint); } .bad { color: var(--stall); text-align: left; }
-svg { width: 100%; height: auto; display: block; } svg text { font: 12px system-ui, sans-serif; fill: var(--faint); }
+.wide { overflow-x: auto; } .faint { color: var(--faint); } td.bad { color: var(--stall); text-align: left; white-space: normal; }
+svg { width: 100%; min-width: 640px; height: auto; display: block; } svg text { font: 12px system-ui, sans-serif; fill: var(--faint); }
 .key { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 4px 0; font-size: 13px; }
 .key i { display: inline-block; width: 12px; height: 12px; margin-right: 6px; vertical-align: -1px; }
 `;
@@ -166,6 +168,9 @@ function runTable(records: readonly RunRecord[]): string {
     "load",
     "peak",
     "read a token",
+    "hits",
+    "waited",
+    "disk busy",
     "bound",
     "reached",
   ];
@@ -187,13 +192,24 @@ function runTable(records: readonly RunRecord[]): string {
       durationText(figures.loadSeconds),
       bytesText(figures.peakBytes),
       bytes === null ? "" : bytesText(bytes / Math.max(1, figures.decodedTokens)),
-      bound.kind === "disk" ? number(bound.tokensPerSecond) : "none",
-      bound.kind === "disk" ? percent(bound.share) : "",
+      ...streamCells(figures),
+      bound.kind === "none" ? "none" : `${number(bound.tokensPerSecond)} (${bound.kind})`,
+      bound.kind === "none" ? "" : percent(bound.share),
     ];
     return `<tr>${start}${cells.map((cell) => `<td>${escaped(cell)}</td>`).join("")}</tr>`;
   });
   return `<div class="wide"><table><thead><tr>${head.map((cell) => `<th>${cell}</th>`).join("")}</tr></thead>
 <tbody>${body.join("\n")}</tbody></table></div>`;
+}
+
+/** Hits, waited, disk busy; the first two are of a pool. */
+function streamCells({ reads, diskBusyShare }: RunFigures): readonly string[] {
+  const asked = reads.hits + reads.lateHits + reads.misses;
+  return [
+    asked === 0 ? "" : percent(reads.hits / asked),
+    asked === 0 ? "" : percent(reads.stallShare),
+    diskBusyShare === null ? "" : percent(diskBusyShare),
+  ];
 }
 
 function ratioText(records: readonly RunRecord[]): string {
@@ -218,7 +234,7 @@ function percent(fraction: number): string {
 
 // ---- plots ---------------------------------------------------------------------------------------------------------
 
-const plot = { width: 940, height: 240, left: 64, right: 12, top: 10, bottom: 30 } as const;
+const plot = { width: 1040, height: 240, left: 64, right: 12, top: 10, bottom: 30 } as const;
 
 interface Axes {
   readonly x: (value: number) => number;
@@ -226,23 +242,40 @@ interface Axes {
   readonly frame: string;
 }
 
-/** A linear plot from 0; `texts` say what a value is on each axis. */
-function axes(
-  most: { readonly x: number; readonly y: number },
-  texts: { readonly x: (value: number) => string; readonly y: (value: number) => string },
-): Axes {
+/** The smallest of 1, 2, 2.5 and 5 times a power of ten that cuts `most` into at most five steps. */
+function stepOf(most: number): number {
+  const least = most / 5;
+  const power = 10 ** Math.floor(Math.log10(least));
+  return power * ([1, 2, 2.5, 5].find((one) => one * power >= least * (1 - 1e-9)) ?? 10);
+}
+
+/** From 0 in even steps, none beyond `most`. */
+function marksOf(most: number, step: number): readonly number[] {
+  return Array.from({ length: Math.floor(most / step + 1e-9) + 1 }, (_, i) => i * step);
+}
+
+interface Texts {
+  readonly x: (value: number) => string;
+  readonly y: (value: number) => string;
+  /** What is counted along x has no halves. */
+  readonly isWhole?: boolean;
+}
+
+/** A linear plot from 0, up to the next even step; `texts` say what a value is on each axis. */
+function axes(most: { readonly x: number; readonly y: number }, texts: Texts): Axes {
   const { width, height, left, right, top, bottom } = plot;
+  const yStep = stepOf(most.y || 1);
+  const yMost = yStep * Math.ceil((most.y || 1) / yStep - 1e-9);
+  const xStep = texts.isWhole === true ? Math.max(1, Math.ceil(stepOf(most.x || 1))) : stepOf(most.x || 1);
   const x = (value: number): number => round(left + ((width - left - right) * value) / (most.x || 1));
-  const y = (value: number): number =>
-    round(height - bottom - ((height - top - bottom) * value) / (most.y || 1));
-  const marks = [0, 0.25, 0.5, 0.75, 1];
-  const lines = marks.map((mark) => {
-    const at = y(mark * most.y);
-    return `<line x1="${left}" x2="${width - right}" y1="${at}" y2="${at}" stroke="var(--line)"/><text x="${left - 6}" y="${at + 4}" text-anchor="end">${escaped(texts.y(mark * most.y))}</text>`;
+  const y = (value: number): number => round(height - bottom - ((height - top - bottom) * value) / yMost);
+  const lines = marksOf(yMost, yStep).map((value) => {
+    const at = y(value);
+    return `<line x1="${left}" x2="${width - right}" y1="${at}" y2="${at}" stroke="var(--line)"/><text x="${left - 6}" y="${at + 4}" text-anchor="end">${escaped(value === 0 ? "0" : texts.y(value))}</text>`;
   });
-  const ticks = marks.map((mark, i) => {
-    const anchor = i === 0 ? "start" : i === marks.length - 1 ? "end" : "middle";
-    return `<text x="${x(mark * most.x)}" y="${height - 10}" text-anchor="${anchor}">${escaped(texts.x(mark * most.x))}</text>`;
+  const ticks = marksOf(most.x, xStep).map((value) => {
+    const anchor = value === 0 ? "start" : value > 0.95 * most.x ? "end" : "middle";
+    return `<text x="${x(value)}" y="${height - 10}" text-anchor="${anchor}">${escaped(texts.x(value))}</text>`;
   });
   return { x, y, frame: [...lines, ...ticks].join("") };
 }
@@ -251,8 +284,12 @@ function round(value: number): number {
   return Math.round(value * 10) / 10;
 }
 
+function tokensText(count: number): string {
+  return count === 0 ? "tokens" : String(count);
+}
+
 function svg(label: string, body: string, height: number = plot.height): string {
-  return `<svg viewBox="0 0 ${plot.width} ${height}" role="img" aria-label="${escaped(label)}">${body}</svg>`;
+  return `<div class="wide"><svg viewBox="0 0 ${plot.width} ${height}" role="img" aria-label="${escaped(label)}">${body}</svg></div>`;
 }
 
 function key(entries: readonly (readonly [colour: string, text: string])[]): string {
@@ -296,7 +333,7 @@ function speedPlot(records: readonly RunRecord[]): string {
   const most = 1.3 * Math.max(1e-9, ...shown.map(({ rates }) => medianOf(rates)));
   const { x, y, frame } = axes(
     { x: count, y: most },
-    { x: (value) => `${Math.round(value)} tokens`, y: number },
+    { x: tokensText, y: (value) => `${round(value)}`, isWhole: true },
   );
   const lines = shown.map(({ rates, colour }) =>
     path(
@@ -338,9 +375,9 @@ function timelinePlot({ token, header }: Passages): string {
     ...reads.map((one, i) =>
       bar(one.fromUs, one.toUs, top + (lanes.of[i] ?? 0) * laneHeight, laneHeight - 2, "var(--a)"),
     ),
-    ...[0, 0.25, 0.5, 0.75, 1].map(
-      (mark, i) =>
-        `<text x="${x(startUs + mark * lengthUs)}" y="${height - 8}" text-anchor="${i === 0 ? "start" : i === 4 ? "end" : "middle"}">${escaped(durationText((mark * lengthUs) / 1e6))}</text>`,
+    ...marksOf(lengthUs, stepOf(lengthUs)).map(
+      (us) =>
+        `<text x="${x(startUs + us)}" y="${height - 8}" text-anchor="${us === 0 ? "start" : us > 0.95 * lengthUs ? "end" : "middle"}">${escaped(us === 0 ? "0" : durationText(us / 1e6))}</text>`,
     ),
   ];
   const bytes = reads.reduce((sum, one) => sum + (strideBytes(header, one.stride) ?? 0), 0);
@@ -405,8 +442,9 @@ function layerPlot({ layers }: Passages): string {
   const { x, y, frame } = axes(
     { x: layers.length, y: most },
     {
-      x: (value) => (value === layers.length ? "" : `layer ${layers[Math.floor(value)]?.layer ?? ""}`),
+      x: (value) => (value === layers.length ? "" : `layer ${layers[value]?.layer ?? ""}`),
       y: bytesText,
+      isWhole: true,
     },
   );
   const bars = layers.map(({ layer, bytes }, i) => {
@@ -431,7 +469,7 @@ function hitPlot({ passes, header }: Passages): string {
   });
   const { x, y, frame } = axes(
     { x: rates.length, y: 1 },
-    { x: (value) => `${Math.round(value)} tokens`, y: (value) => `${Math.round(100 * value)} %` },
+    { x: tokensText, y: (value) => `${Math.round(100 * value)} %`, isWhole: true },
   );
   const dots = rates.map((rate, i) => `<circle cx="${x(i)}" cy="${y(rate)}" r="1.6" fill="var(--a)"/>`);
   const line = path(

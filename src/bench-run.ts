@@ -134,6 +134,7 @@ async function decode(engine: Engine, order: RunOrder, event: (one: RunEvent) =>
     isCutShort: stop.signal.aborted,
     streaming: counters,
     majorFaults: end.majorFaults - (first?.majorFaults ?? 0),
+    processorSeconds: end.processorSeconds - (first?.processorSeconds ?? 0),
     atFirst: first?.storageBytes ?? null,
     atEnd: end.storageBytes,
   };
@@ -143,10 +144,13 @@ async function snapshot(engine: Engine): Promise<{
   readonly counters: StreamingCounters | null;
   readonly storageBytes: number | null;
   readonly majorFaults: number;
+  readonly processorSeconds: number;
 }> {
+  const { majorPageFault, userCPUTime, systemCPUTime } = process.resourceUsage();
   return {
     storageBytes: storageRead(),
-    majorFaults: process.resourceUsage().majorPageFault,
+    majorFaults: majorPageFault,
+    processorSeconds: (userCPUTime + systemCPUTime) / 1e6,
     counters: engine.plan.streaming === null ? null : await engine.streaming(),
   };
 }

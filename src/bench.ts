@@ -44,6 +44,8 @@ export interface RunReport {
   /** Bytes that the kernel fetched from storage for this process; null where it does not tell. */
   readonly storageBytes: { readonly load: number; readonly prompt: number; readonly decode: number } | null;
   readonly majorFaults: number;
+  /** Time of processors while decoding, all threads together. */
+  readonly processorSeconds: number;
   readonly peakBytes: number;
 }
 
@@ -129,6 +131,8 @@ export interface RunFigures {
   readonly reads: ReadFigures;
   /** Of the disk's time while decoding; null where it is not known. */
   readonly diskBusyShare: number | null;
+  /** Of all processors' time while decoding, what other programs had; null where it is not known. */
+  readonly othersShare: number | null;
   readonly majorFaults: number;
   readonly tokenSeconds: readonly number[];
 }
@@ -149,7 +153,8 @@ export interface ReadFigures {
 
 export type Bound =
   | {
-      readonly kind: "disk";
+      /** What gives the bytes. */
+      readonly kind: "disk" | "memory";
       readonly tokensPerSecond: number;
       readonly bytesPerToken: number;
       readonly bytesPerSecond: number;
@@ -191,6 +196,8 @@ export interface Seen {
   readonly groupPeakBytes: number | null;
   /** Of the volume's device, whoever read, while tokens were decoded. */
   readonly deviceBusySeconds: number | null;
+  /** Of all processors, whoever used them, and the virtual machine's host, in the same time. */
+  readonly processors: { readonly busySeconds: number; readonly count: number } | null;
 }
 
 /** The kernel counts a device's time in milliseconds, and the parent sees the run a little late. */
@@ -226,10 +233,19 @@ export function figuresOf(report: RunReport, seen: Seen): RunFigures {
           ? null
           : streaming.kernelBytes / (streaming.readingNs / 1e9),
     },
+    othersShare: othersShareOf(report, seen, seconds),
     diskBusyShare: busySeconds === null ? null : Math.min(1, busySeconds / seconds),
     majorFaults: report.majorFaults,
     tokenSeconds,
   };
+}
+
+function othersShareOf({ processorSeconds }: RunReport, seen: Seen, seconds: number): number | null {
+  if (seen.processors === null || seconds < leastBusySeconds) {
+    return null;
+  }
+  const { busySeconds, count } = seen.processors;
+  return Math.min(1, Math.max(0, (busySeconds - processorSeconds) / (seconds * count)));
 }
 
 // ---- the bound ---------------------------------------------------------------------------------------------------
@@ -244,12 +260,38 @@ const leastReadBytes = 16_777_216;
 /** Of what the reader says it brought past the page cache, the kernel must have fetched so much. */
 const leastFetchedShare = 0.9;
 
+/** What was measured of the machine before the runs; null where it could not be. */
+export interface Ceilings {
+  /** Of the model's volume, cold and past the page cache. */
+  readonly volumeBytesPerSecond: number | null;
+  readonly memory: MemoryCeiling | null;
+}
+
+export interface MemoryCeiling {
+  /** All processors reading together. */
+  readonly bytesPerSecond: number;
+  /** What the last caches may keep from one token to the next. */
+  readonly cacheBytes: number;
+}
+
+/** The tighter of what the storage and what the memory allow. */
+export function boundOf(figures: RunFigures, ceilings: Ceilings, plan: MeasuredPlan): Bound {
+  const disk = diskBound(figures, ceilings.volumeBytesPerSecond);
+  const memory = memoryBound(figures, ceilings.memory, plan);
+  if (disk.kind === "none" || memory.kind === "none") {
+    return memory.kind === "none" ? disk : memory;
+  }
+  return disk.tokensPerSecond <= memory.tokensPerSecond ? disk : memory;
+}
+
+/** What a bound needs to know of a plan. */
+export type MeasuredPlan = Pick<Plan, "streaming" | "estimate" | "speculation">;
+
 /**
  * What the storage allows: the bytes that came from it for each decoded token, at the volume's measured bandwidth (or at
- * the run's own, where that was better by no more than drift). Bytes that no storage gave bound nothing, and how fast
- * memory could have given them is not known: then there is no bound.
+ * the run's own, where that was better by no more than drift). Bytes that no storage gave bound nothing.
  */
-export function boundOf(figures: RunFigures, volumeBytesPerSecond: number | null): Bound {
+function diskBound(figures: RunFigures, volumeBytesPerSecond: number | null): Bound {
   const { reads, decodedTokens } = figures;
   const mean = figures.decodeTokensPerSecond.mean;
   const bytes = reads.storageBytes ?? reads.oursBytes;
@@ -257,72 +299,106 @@ export function boundOf(figures: RunFigures, volumeBytesPerSecond: number | null
     return { kind: "none", reason: "what came from storage is not known here" };
   }
   if (bytes < leastReadBytes || decodedTokens === 0) {
-    return { kind: "none", reason: "storage gave next to nothing, and how fast memory can be is not known" };
+    return {
+      kind: "none",
+      reason: "storage gave next to nothing, and memory was not measured or caches hold it",
+    };
   }
   const seconds = decodedTokens / mean;
   const reached = Math.max(bytes / seconds, reads.bytesPerSecond ?? 0);
   if (volumeBytesPerSecond === null && reads.bytesPerSecond === null) {
     return { kind: "none", reason: "the volume was not measured" };
   }
-  const bytesPerSecond =
-    volumeBytesPerSecond === null
-      ? reached
-      : Math.max(volumeBytesPerSecond, Math.min(reached, drift * volumeBytesPerSecond));
-  const bytesPerToken = bytes / decodedTokens;
-  const tokensPerSecond = bytesPerSecond / bytesPerToken;
-  return { kind: "disk", tokensPerSecond, bytesPerToken, bytesPerSecond, share: mean / tokensPerSecond };
+  const bytesPerSecond = volumeBytesPerSecond === null ? reached : drifted(volumeBytesPerSecond, reached);
+  return boundAt("disk", { bytesPerToken: bytes / decodedTokens, bytesPerSecond }, mean);
 }
 
+/**
+ * What the memory allows: every weight that a token touches goes from memory to a processor once, but for what the
+ * caches may have kept. A pass that checks guessed tokens serves several with one reading, so there it bounds nothing.
+ */
+function memoryBound(figures: RunFigures, memory: MemoryCeiling | null, plan: MeasuredPlan): Bound {
+  const { touched, gpu } = plan.estimate.tokenBytes;
+  const bytesPerToken = touched - gpu - (memory?.cacheBytes ?? 0);
+  const mean = figures.decodeTokensPerSecond.mean;
+  if (memory === null || bytesPerToken < leastReadBytes || plan.speculation !== null) {
+    return { kind: "none", reason: "memory was not measured, or caches hold what a token touches" };
+  }
+  const bytesPerSecond = drifted(memory.bytesPerSecond, mean * bytesPerToken);
+  return boundAt("memory", { bytesPerToken, bytesPerSecond }, mean);
+}
+
+/** A measured bandwidth, or what a run reached where that is no more than drift above it. */
+function drifted(measured: number, reached: number): number {
+  return Math.max(measured, Math.min(reached, drift * measured));
+}
+
+function boundAt(
+  kind: "disk" | "memory",
+  { bytesPerToken, bytesPerSecond }: { readonly bytesPerToken: number; readonly bytesPerSecond: number },
+  mean: number,
+): Bound {
+  const tokensPerSecond = bytesPerSecond / bytesPerToken;
+  return { kind, tokensPerSecond, bytesPerToken, bytesPerSecond, share: mean / tokensPerSecond };
+}
+
+/** The rounding of counters that are not read at the very same moment. */
+const slack = 1.02;
+
 /** Why the figures cannot be true, with the two numbers that disagree; null where nothing speaks against them. */
-export function disagreement(
-  figures: RunFigures,
-  bound: Bound,
-  plan: Pick<Plan, "streaming">,
-): string | null {
-  const { reads } = figures;
+export function disagreement(figures: RunFigures, ceilings: Ceilings, plan: MeasuredPlan): string | null {
+  const disk = diskBound(figures, ceilings.volumeBytesPerSecond);
+  const memory = memoryBound(figures, ceilings.memory, plan);
+  return (
+    fetchedTooLittle(figures, plan) ??
+    readTooFast(figures, disk) ??
+    decodedTooFast(figures, disk) ??
+    decodedTooFast(figures, memory)
+  );
+}
+
+function fetchedTooLittle({ reads }: RunFigures, plan: MeasuredPlan): string | null {
   const { oursBytes, storageBytes } = reads;
   const isDirect = plan.streaming?.reader.direct === true;
-  const readEnough = (oursBytes ?? 0) >= leastReadBytes;
-  if (isDirect && readEnough && oursBytes !== null && storageBytes !== null) {
-    if (storageBytes < leastFetchedShare * oursBytes) {
-      return (
-        `the reader brought ${bytesText(oursBytes)} past the page cache, and the kernel fetched ` +
-        `${bytesText(storageBytes)} from storage: something else gave the rest`
-      );
-    }
-  }
-  if (bound.kind === "none") {
+  if (!isDirect || oursBytes === null || oursBytes < leastReadBytes || storageBytes === null) {
     return null;
   }
+  return storageBytes >= leastFetchedShare * oursBytes
+    ? null
+    : `the reader brought ${bytesText(oursBytes)} past the page cache, and the kernel fetched ` +
+        `${bytesText(storageBytes)} from storage: something else gave the rest`;
+}
+
+function readTooFast({ reads }: RunFigures, disk: Bound): string | null {
   const rate = reads.bytesPerSecond;
-  // The rounding of counters that are not read at the very same moment.
-  const slack = 1.02;
-  if (readEnough && rate !== null && rate > slack * bound.bytesPerSecond) {
-    return (
-      `reads ran at ${bandwidthText(rate)}, and the volume gives ${bandwidthText(bound.bytesPerSecond)} ` +
-      "at most: it was not the disk that gave them"
-    );
+  if (disk.kind === "none" || rate === null || (reads.oursBytes ?? 0) < leastReadBytes) {
+    return null;
   }
-  if (figures.decodeTokensPerSecond.mean > slack * bound.tokensPerSecond) {
-    return (
-      `decoding ran at ${rateText(figures.decodeTokensPerSecond.mean)}, and ${bytesText(bound.bytesPerToken)} a token ` +
-      `at ${bandwidthText(bound.bytesPerSecond)} allow ${rateText(bound.tokensPerSecond)} at most`
-    );
-  }
-  return null;
+  return rate <= slack * disk.bytesPerSecond
+    ? null
+    : `reads ran at ${bandwidthText(rate)}, and the volume gives ${bandwidthText(disk.bytesPerSecond)} ` +
+        "at most: it was not the disk that gave them";
+}
+
+function decodedTooFast({ decodeTokensPerSecond: { mean } }: RunFigures, bound: Bound): string | null {
+  return bound.kind === "none" || mean <= slack * bound.tokensPerSecond
+    ? null
+    : `decoding ran at ${rateText(mean)}, and ${bytesText(bound.bytesPerToken)} a token ` +
+        `at ${bandwidthText(bound.bytesPerSecond)} of ${bound.kind} allow ${rateText(bound.tokensPerSecond)} at most`;
 }
 
 export function outcomeOf(
   report: RunReport,
   seen: Seen,
-  about: { readonly plan: Pick<Plan, "streaming">; readonly volumeBytesPerSecond: number | null },
+  about: { readonly plan: MeasuredPlan; readonly ceilings: Ceilings },
 ): Outcome {
   if (report.tokenSeconds.length === 0) {
     return { status: "failed", reason: "it ended before its second token, so there is no speed to tell" };
   }
+  const { plan, ceilings } = about;
   const figures = figuresOf(report, seen);
-  const bound = boundOf(figures, about.volumeBytesPerSecond);
-  const reason = disagreement(figures, bound, about.plan);
+  const bound = boundOf(figures, ceilings, plan);
+  const reason = disagreement(figures, ceilings, plan);
   return reason === null
     ? { status: "finished", figures, bound }
     : { status: "refused", reason, figures, bound };

@@ -3,7 +3,7 @@
 // nothing else in src sees native code (profile.ts has it measure the machine). It knows no dialect: a route's body and
 // chunks pass through as they are.
 
-import { nativeLibrary } from "../ffi/native";
+import { bestVariant, nativeLibrary } from "../ffi/native";
 import { type ErrorCode, HypuraError } from "./errors";
 import { EventLines, type LineSource } from "./event-lines";
 import type { Plan } from "./plan";
@@ -142,25 +142,44 @@ export async function engineOver(
 ): Promise<Engine> {
   const life = new EngineLife(transport, options);
   return life.ready.then(
-    (info): Engine => ({
-      plan,
-      info,
-      request: (route, body, signal) => life.request(route, body, signal),
-      async streaming() {
-        for await (const chunk of life.request("GET /streaming", {}, undefined)) {
-          return chunk.data as StreamingCounters | null;
-        }
-        return null;
-      },
-      activeRequests: () => transport.activeRequests(),
-      close: () => life.close(),
-      [Symbol.asyncDispose]: () => life.close(),
-    }),
+    async (info): Promise<Engine> => {
+      if (plan.speculation !== null && !(await guesses(life))) {
+        options.onWarning?.(
+          "llama.cpp guesses nothing for this model: each pass gives one token, and the draft model, if any, waits in vain",
+        );
+      }
+      return engineOf(life, transport, plan, info);
+    },
     async (error) => {
       await life.close();
       throw error;
     },
   );
+}
+
+/** Where the core cannot set up guessing it goes on without, and only its slots tell. */
+async function guesses(life: EngineLife): Promise<boolean> {
+  for await (const { data } of life.request("GET /slots", {}, undefined)) {
+    return (data as readonly { readonly speculative: boolean }[]).every((slot) => slot.speculative);
+  }
+  return false;
+}
+
+function engineOf(life: EngineLife, transport: EngineTransport, plan: Plan, info: EngineInfo): Engine {
+  return {
+    plan,
+    info,
+    request: (route, body, signal) => life.request(route, body, signal),
+    async streaming() {
+      for await (const chunk of life.request("GET /streaming", {}, undefined)) {
+        return chunk.data as StreamingCounters | null;
+      }
+      return null;
+    },
+    activeRequests: () => transport.activeRequests(),
+    close: () => life.close(),
+    [Symbol.asyncDispose]: () => life.close(),
+  };
 }
 
 /** Work of native code that needs no model (the table is in ffi/native/tasks.cpp); cancelled as a request is. */
@@ -174,6 +193,26 @@ export function runTask(
   }
   const fd = nativeLibrary().task(name, JSON.stringify(body));
   return new RequestChunks(new EventLines(fd), signal, () => {});
+}
+
+/** The native library in use. */
+export interface EngineLibrary {
+  readonly path: string;
+  /** Of the CPU kernels; null where a person named the library. */
+  readonly variant: string | null;
+  /** The best for this processor that the executable carries; null where it carries none. */
+  readonly bestVariant: string | null;
+  /** Places that were passed over before it, with the reason. */
+  readonly passedOver: readonly string[];
+  /** Instruction sets that are compiled in, as ggml names them. */
+  readonly instructionSets: readonly string[];
+}
+
+/** Loads the library and says which it is. Throws HypuraError where none can be loaded. */
+export function engineLibrary(): EngineLibrary {
+  const { path, variant, tried, buildInfo } = nativeLibrary();
+  const sets = [...buildInfo().system.matchAll(/(\w+) = 1/g)].map((match) => match[1] as string);
+  return { path, variant, bestVariant: bestVariant(), passedOver: tried, instructionSets: sets };
 }
 
 /** What native code is given: the plan, and where its trace goes. */

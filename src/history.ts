@@ -2,7 +2,7 @@
 // this model. It owns the document and how long it may get; what runs say about a plan is plan-history.ts's matter.
 
 import { HypuraError } from "./errors";
-import type { MeasuredRun } from "./plan";
+import type { GuessFigures, MeasuredRun } from "./plan";
 import { readState, writeState } from "./state";
 
 const documentName = "history.json";
@@ -61,6 +61,18 @@ function isRun(value: unknown): value is MeasuredRun {
     [run.threads, run.layerCount, run.decodeTokens, run.decodeSeconds].every(isAmount) &&
     (run.modelSeconds === null || isAmount(run.modelSeconds)) &&
     isShare(run.poolShare) &&
-    isShare(run.hitRate)
+    isShare(run.hitRate) &&
+    (run.guesses === undefined || isGuesses(run.guesses, isAmount))
+  );
+}
+
+function isGuesses(value: unknown, isAmount: (one: unknown) => boolean): boolean {
+  if (typeof value !== "object" || value === null) {
+    return false;
+  }
+  const guesses = value as Readonly<Record<keyof GuessFigures, unknown>>;
+  return (
+    [guesses.maxTokens, guesses.passes, guesses.drafted, guesses.accepted].every(isAmount) &&
+    (guesses.draftKey === null || typeof guesses.draftKey === "string")
   );
 }

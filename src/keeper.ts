@@ -5,7 +5,7 @@
 // holds two.
 
 import { type ChildEngine, type ChildOptions, openChildEngine } from "./child";
-import { type EngineChunk, type EngineInfo, RequestError } from "./engine";
+import { type EngineChunk, type EngineInfo, type OpenOptions, RequestError } from "./engine";
 import { HypuraError } from "./errors";
 import type { Plan } from "./plan";
 import type { StreamingCounters } from "./streaming";
@@ -29,6 +29,8 @@ export interface KeeperOptions {
   /** How long an idle model stays; Infinity: for ever. */
   readonly keepAliveSeconds: number;
   readonly log: Log;
+  /** Where the routing trace of an engine that is about to be loaded goes; undefined: this one writes none. */
+  readonly traceFor?: (plan: Plan) => OpenOptions["trace"];
   /** Opens an engine; a test may give its own. */
   readonly open?: (plan: Plan, options: ChildOptions) => Promise<ChildEngine>;
 }
@@ -97,6 +99,7 @@ export class Keeper<Kept extends KeptModel> {
   #loaded: Loaded<Kept> | undefined;
   /** A load or an unload under way: nobody is let in meanwhile. */
   #change: Promise<void> | undefined;
+  #isLoading = false;
   #closed = false;
   readonly #end = new AbortController();
 
@@ -161,7 +164,9 @@ export class Keeper<Kept extends KeptModel> {
     for (const waiter of [...this.#line]) {
       this.#drop(waiter, new HypuraError("cancelled", "the server is shutting down"));
     }
-    this.#end.abort(); // a model that is being loaded, or is used, is not waited for
+    if (this.#isLoading || this.#options.traceFor === undefined) {
+      this.#end.abort(); // a model that is being loaded, or is used, is not waited for; a trace has to be finished
+    }
     await this.#change;
     const loaded = this.#loaded;
     if (loaded !== undefined) {
@@ -251,13 +256,17 @@ export class Keeper<Kept extends KeptModel> {
   async #load(model: Kept): Promise<void> {
     const { log } = this.#options;
     const started = performance.now();
+    this.#isLoading = true;
     try {
       await Promise.resolve(); // the caller's state is set before anything can fail
       const plan = await model.plan();
       log("info", `loading ${model.name} (${plan.mode}, ${plan.contextTokens} tokens of context)`);
       let loaded: Loaded<Kept> | undefined;
       let isGone = false;
+      const trace = this.#options.traceFor?.(plan);
       const engine = await this.#open(plan, {
+        ...(trace === undefined ? {} : { trace }),
+        onWarning: (text) => log("warn", `${model.name}: ${text}`),
         onLog: (level, text) => log("debug", `${model.name}: ${level}: ${text}`),
         onPrint: (line) => log("debug", `${model.name}: ${line}`),
         onRequestLeft: () => this.#advance(),
@@ -279,6 +288,8 @@ export class Keeper<Kept extends KeptModel> {
       for (const waiter of this.#line.filter((one) => one.model === model)) {
         this.#drop(waiter, error);
       }
+    } finally {
+      this.#isLoading = false;
     }
   }
 

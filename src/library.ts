@@ -4,9 +4,9 @@
 
 import { createHash } from "node:crypto";
 import { closeSync, openSync, readdirSync, readFileSync, readSync, statSync } from "node:fs";
-import { homedir } from "node:os";
 import { basename, join, resolve } from "node:path";
 import pin from "../vendor/llama.json";
+import { planWithDraft } from "./draft";
 import { HypuraError } from "./errors";
 import { type GgufScalar, splitNames } from "./gguf";
 import type { KeptModel } from "./keeper";
@@ -22,6 +22,7 @@ import {
 } from "./ollama-model";
 import { budgetOf, makePlan, type Plan, type PlanLimits } from "./plan";
 import { type PrefixStore, type Shelf, whyNotKept } from "./prefix-store";
+import { userHome } from "./state";
 import type { StreamingCounters } from "./streaming";
 import { type Decoded, isMeasured, rememberRun, type Surroundings, surroundingsOf } from "./surroundings";
 
@@ -55,7 +56,7 @@ export interface LibraryOptions {
 /** Where Ollama keeps its models. */
 export function ollamaStorePath(environment: Readonly<Record<string, string | undefined>>): string {
   const given = environment["OLLAMA_MODELS"];
-  return given === undefined || given === "" ? join(homedir(), ".ollama", "models") : given;
+  return given === undefined || given === "" ? join(userHome(), ".ollama", "models") : given;
 }
 
 /** Opens everything that is named. Throws where an argument is no model, or none of its models can run here. */
@@ -304,7 +305,9 @@ export function planToServe(
   const subject = { name, files: file.files, model: file.model };
   const attempt = (contextTokens: number, mode: PlanLimits["mode"]): Plan | HypuraError => {
     try {
-      return makePlan(subject, machine, { ...limits, contextTokens, mode: mode ?? "auto" }, knowledge);
+      return planWithDraft(file, { ...limits, contextTokens, mode: mode ?? "auto" }, (all) =>
+        makePlan(subject, machine, all, knowledge),
+      );
     } catch (error) {
       if (error instanceof HypuraError && error.code === "not-enough-memory") {
         return error;

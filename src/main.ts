@@ -40,6 +40,10 @@ const commands: Readonly<Record<string, Entry>> = {
     summary: "Measure this machine: processor, memory, devices, storage",
     load: async () => (await import("./cli/profile")).profileCommand,
   },
+  doctor: {
+    summary: "Say what this machine offers, and what would make hypura faster here",
+    load: async () => (await import("./cli/doctor")).doctorCommand,
+  },
   bench: {
     summary: "Measure a model's speed, beside stock llama.cpp if asked to",
     load: async () => (await import("./cli/bench")).benchCommand,

@@ -2,7 +2,17 @@
 // more. It owns the group's folder from its making to its removal, in version 1 or 2 of the kernel's interface; it
 // knows nothing of what runs inside.
 
-import { existsSync, mkdirSync, readFileSync, rmdirSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  existsSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  readSync,
+  rmdirSync,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
 import { dirname, join } from "node:path";
 import { HypuraError } from "./errors";
 import { bytesText } from "./text";
@@ -97,23 +107,30 @@ function openGroup(path: string, version: "1" | "2", limitBytes: number): Memory
     // Version 1 counts memory and swap together. A limit that swaps would measure the swap.
     writeFileSync(file(names.swap), version === "1" ? String(limitBytes) : "0");
   }
+  // Version 2 resets the peak for the descriptor that wrote, and for nobody else: one is kept. Null: read-only there.
+  const peak = openOrNull(file(names.peak));
   return {
     path,
     limitBytes,
     wrap: (words) => ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', file("cgroup.procs"), ...words],
     resetPeak() {
       try {
-        writeFileSync(file(names.peak), "0");
+        if (peak !== null) {
+          writeSync(peak, "0");
+        }
       } catch {
         // Older kernels of version 2 cannot: the peak is then of all runs, which peakBytes() still tells.
       }
     },
     peakBytes() {
-      const text = textOf(file(names.peak));
+      const text = peak === null ? textOf(file(names.peak)) : readStart(peak);
       return text === null ? null : Number(text);
     },
     killCount: () => Number(/^oom_kill (\d+)$/m.exec(textOf(file(names.events)) ?? "")?.[1] ?? 0),
     remove() {
+      if (peak !== null) {
+        closeSync(peak);
+      }
       for (let tries = 0; tries < 50; tries++) {
         try {
           rmdirSync(path);
@@ -127,6 +144,19 @@ function openGroup(path: string, version: "1" | "2", limitBytes: number): Memory
       }
     },
   };
+}
+
+function openOrNull(path: string): number | null {
+  try {
+    return openSync(path, "r+");
+  } catch {
+    return null; // absent on this kernel, or read-only
+  }
+}
+
+function readStart(descriptor: number): string {
+  const bytes = new Uint8Array(64);
+  return new TextDecoder().decode(bytes.subarray(0, readSync(descriptor, bytes, 0, bytes.length, 0)));
 }
 
 function textOf(path: string): string | null {

@@ -24,6 +24,19 @@ export interface MeasuredRun {
   readonly decodeSeconds: number;
   /** Of the streamed experts that tokens touched, the share that was in the pool; null for dense models. */
   readonly hitRate: number | null;
+  /** What was guessed; left out by runs that were kept before guesses were, and by plans that guess nothing. */
+  readonly guesses?: GuessFigures;
+}
+
+/** Guesses of one run. */
+export interface GuessFigures {
+  /** Guessed at once, at most. */
+  readonly maxTokens: number;
+  /** `modelKeyOf` the draft model; null: from the context alone. */
+  readonly draftKey: string | null;
+  readonly passes: number;
+  readonly drafted: number;
+  readonly accepted: number;
 }
 
 /** What identifies a model whatever its file is called: the same tensors at the same places. */
@@ -46,6 +59,7 @@ export interface RunFigures {
   readonly decodeSeconds: number;
   /** Hits of the streaming counters in those tokens, 0 to 1; null where nothing streamed. */
   readonly hitRate: number | null;
+  readonly guesses?: GuessFigures;
 }
 
 /** The run as it is kept; null where it cannot be compared with another: the machine was not measured. */
@@ -116,6 +130,66 @@ export interface PlanFacts {
   readonly streams: boolean;
 }
 
+/** Its speed is that of its text, which repeated itself, and not that of a pass for each token. */
+function isCarriedByGuesses({ guesses, decodeTokens }: MeasuredRun): boolean {
+  return guesses !== undefined && guesses.accepted > decodeTokens / 20;
+}
+
+// ---- guesses ------------------------------------------------------------------------------------------------------
+
+/** What this model's own runs say about guessing, in the median of the newest. */
+export interface GuessExperience {
+  /** Of a token, in runs that guessed nothing; null where there were none. */
+  readonly plainSeconds: number | null;
+  /** By how many were guessed at once. */
+  readonly guessed: readonly {
+    readonly maxTokens: number;
+    /** Of a token. */
+    readonly seconds: number;
+    readonly tokensPerPass: number;
+  }[];
+}
+
+/** Another pool changes what a pass costs, but not which of two ways is the better one until it is quite another. */
+const likePool = 0.25;
+const newestRuns = 5;
+
+/** Own runs with this draft (`null`: from the context alone) and without guesses; null where there were none of either. */
+export function guessExperienceOf(
+  facts: PlanFacts,
+  history: readonly MeasuredRun[],
+  draftKey: string | null,
+): GuessExperience | null {
+  const key = modelKeyOf(facts.model);
+  const { machineKey, threads, streams, poolShare } = facts;
+  const isOwn = (run: MeasuredRun): boolean =>
+    run.machineKey === machineKey &&
+    run.modelKey === key &&
+    run.threads === threads &&
+    run.streams === streams;
+  const isLike = (run: MeasuredRun): boolean =>
+    Math.abs((run.poolShare ?? 0) - (poolShare ?? 0)) <= likePool * Math.max(poolShare ?? 0, 0.01);
+  const own = machineKey === null ? [] : history.filter((run) => isOwn(run) && isLike(run) && usable(run));
+  const plain = own.filter((run) => run.guesses === undefined).slice(-newestRuns);
+  const byMost = new Map<number, MeasuredRun[]>();
+  for (const run of own) {
+    if (run.guesses === undefined || run.guesses.draftKey !== draftKey || run.guesses.passes === 0) continue;
+    byMost.set(run.guesses.maxTokens, [...(byMost.get(run.guesses.maxTokens) ?? []), run]);
+  }
+  const seconds = (runs: readonly MeasuredRun[]): number =>
+    median(runs.map((run) => run.decodeSeconds / run.decodeTokens));
+  const guessed = [...byMost].map(([maxTokens, all]) => {
+    const runs = all.slice(-newestRuns);
+    const perPass = runs.map((run) => run.decodeTokens / (run.guesses?.passes ?? run.decodeTokens));
+    return { maxTokens, seconds: seconds(runs), tokensPerPass: median(perPass) };
+  });
+  return plain.length + guessed.length === 0
+    ? null
+    : { plainSeconds: plain.length === 0 ? null : seconds(plain), guessed };
+}
+
+// ---- estimates ----------------------------------------------------------------------------------------------------
+
 /** Pools that differ by less than this are the same plan: free memory is never twice the same. */
 const samePool = 0.03;
 
@@ -128,7 +202,8 @@ export function adjust(estimate: Estimate, facts: PlanFacts, history: readonly M
   const { machineKey, threads } = facts;
   if (machineKey === null || history.length === 0) return estimate;
   const here = history.filter(
-    (run) => run.machineKey === machineKey && run.threads === threads && usable(run),
+    (run) =>
+      run.machineKey === machineKey && run.threads === threads && usable(run) && !isCarriedByGuesses(run),
   );
   if (here.length === 0) return estimate;
   const key = modelKeyOf(facts.model);

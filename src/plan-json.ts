@@ -67,6 +67,7 @@ const bytes = whole(0);
 const policy = object({
   kind: oneOf("lru", "lfu-decay", "least-stale", "pinned-cyclic"),
   halfLifeTokens: number,
+  mostPassTokens: whole(0, 0x7fff_ffff),
   staleAfterPasses: whole(0, 0x7fff_ffff),
   pinnedSlots: whole(0, 0x7fff_ffff),
   workingSetStrides: whole(0, 0x7fff_ffff),
@@ -166,7 +167,13 @@ const plan = object({
   ),
   slotFolder: nullable(text),
   contextShift: flag,
-  memory: object({ ...memory, poolBytes: bytes, streamingBytes: bytes, processBytes: bytes }),
+  memory: object({
+    ...memory,
+    poolBytes: bytes,
+    streamingBytes: bytes,
+    draftBytes: bytes,
+    processBytes: bytes,
+  }),
   gpuMemory: nullable(object(memory)),
   longestContextTokens: whole(0),
   estimate,
@@ -188,6 +195,10 @@ export function validatePlan(json: unknown): Plan {
   }
   plan(inner, "");
   const value = inner as Plan;
+  const verified = value.slotCount * (1 + (value.speculation?.maxTokens ?? 0));
+  if (value.batchTokens < verified) {
+    throw wrong("batchTokens", `at least ${verified}, each slot's token and its guesses`, value.batchTokens);
+  }
   for (const [index, one] of (value.streaming?.tensors ?? []).entries()) {
     const tensor = value.tensors[one.tensorIndex];
     const strideBytes = value.streaming?.classes[one.classIndex]?.strideBytes;

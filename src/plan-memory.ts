@@ -14,6 +14,8 @@ export interface MemoryUse {
   /** Slots for streamed weights, and what streaming needs beside them. */
   readonly poolBytes: number;
   readonly streamingBytes: number;
+  /** A draft model: its weights, context and scratch. */
+  readonly draftBytes: number;
   readonly processBytes: number;
 }
 
@@ -106,6 +108,7 @@ export function memoryOf(
       computeBytes: allOnGpu ? 4 * use.ubatchTokens * model.embeddingLength : compute,
       poolBytes: 0,
       streamingBytes: streams ? streamingBytes(model, use) : 0,
+      draftBytes: 0,
       processBytes,
     },
     gpu: {
@@ -151,4 +154,13 @@ function streamingBytes(model: Model, use: Use): number {
 /** Distance of two slots: room for a stride at any page phase (min_slot_bytes of ffi/native/stream.h). */
 export function slotBytesOf(strideBytes: number): number {
   return Math.floor((strideBytes + 2 * directAlignBytes - 2) / directAlignBytes) * directAlignBytes;
+}
+
+/**
+ * A draft model beside the model of `use`: all of its weights on the processor's side, and a context of its own that
+ * holds what the model's holds (common_speculative_init_from_params of common/speculative.cpp).
+ */
+export function draftMemoryBytes(draft: Model, use: Use): number {
+  const { ram } = memoryOf(draft, { ...use, gpuLayers: 0 }, false);
+  return draft.tensorBytes + ram.kvBytes + ram.stateBytes + ram.computeBytes;
 }

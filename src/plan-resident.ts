@@ -19,6 +19,7 @@ import {
   residentBatchTokens,
   residentPollPercent,
   type Sides,
+  speculationFacts,
   type Task,
   threadChoice,
   useOf,
@@ -76,7 +77,7 @@ export function residentPlan(
   const mode = isPartial ? "partial-gpu" : "full-resident";
   const placement: Placement = { gpuLayers, tiers: homesOf(model, gpuLayers), classes: [] };
   const batchTokens = limits.embeddings === true ? Math.max(ubatchTokens, 2) : residentBatchTokens;
-  const guesses = chooseSpeculation({ ...task, placement }, batchTokens);
+  const guesses = chooseSpeculation(speculationFacts(task, placement), batchTokens);
   return {
     ...commonPart(task, placement, { context, sides, ubatchTokens }),
     mode,

@@ -1,22 +1,53 @@
-// Whether tokens are guessed and verified several in one pass, and how many. A pass over streamed weights reads the same
-// bytes for a few tokens as for one, so guesses cost next to nothing while the disk is what a pass waits for; a mixture
-// of experts reads other experts for every guess. Pure.
+// Whether tokens are guessed and verified several in one pass, from what, and how many. A pass over streamed weights
+// reads the same bytes for a few tokens as for one, so guesses cost next to nothing while the disk is what a pass waits
+// for; a mixture of experts reads other experts for every guess; and a draft model takes memory that would hold weights.
+// It owns these decisions and their numbers; which draft model there is, is draft.ts's matter. Pure.
 
 import type { Model } from "./model";
 import type { Choice, PlanLimits, Speculation } from "./plan";
 import type { Placement, Speeds } from "./plan-cost";
-import { countText } from "./text";
+import type { GuessExperience } from "./plan-history";
+import { bytesText, countText, durationText, rateText } from "./text";
 
 /**
  * What followed the last two tokens before: with it the most was accepted of the sources that need no second model
  * (test/bench/NOTES.md).
  */
 const matchTokens = 2;
-/** Guesses where nothing was measured: on two cores a pass over a streamed 6 GB model took as long for 8 tokens as for 1. */
-const usualMaxTokens = 7;
+/** Where nothing was measured: on two cores a pass over a streamed 6 GB model took as long for 8 tokens as for 1. */
+const usualPassTokens = 8;
 const mostTokens = 15;
 /** A pass with guesses may take so much longer than one without (the bar of a pass of eight tokens). */
 const flatness = 1.1;
+/** What own runs have to show before they are believed: the same run twice differs by as much. */
+const worthwhile = 1.03;
+/**
+ * Where this model's own runs say nothing: a small model of the same family agrees with the large one on about this
+ * share of tokens (Qwen2.5-Coder 0.5B for 1.5B over the prompts of test/bench/prompts.json; NOTES.md there).
+ */
+const usualAcceptance = 0.7;
+/** A draft ends before a token that the draft model itself holds less likely than this. */
+const draftProbability = 0.4;
+
+/** A draft model as the plan sees it. */
+export interface Draft {
+  readonly path: string;
+  /** In words for people. */
+  readonly name: string;
+  readonly model: Model;
+  /** Weights, context and scratch. */
+  readonly bytes: number;
+}
+
+export interface SpeculationFacts {
+  readonly model: Model;
+  readonly limits: PlanLimits;
+  readonly placement: Placement;
+  readonly speeds: Speeds | null;
+  /** What own runs with this draft, or without one, showed. */
+  readonly experience: GuessExperience | null;
+  readonly draft: Draft | null;
+}
 
 export interface SpeculationChoice {
   readonly speculation: Speculation | null;
@@ -24,77 +55,175 @@ export interface SpeculationChoice {
 }
 
 /** `placement` and `speeds` as of the plan; `batchTokens` is what one pass may hold over all slots. */
-export function chooseSpeculation(
-  facts: {
-    readonly model: Model;
-    readonly limits: PlanLimits;
-    readonly placement: Placement;
-    readonly speeds: Speeds | null;
-  },
-  batchTokens: number,
-): SpeculationChoice {
-  const { limits, model, placement } = facts;
+export function chooseSpeculation(facts: SpeculationFacts, batchTokens: number): SpeculationChoice {
+  const { limits, model, placement, experience, draft } = facts;
   const wish = limits.speculation ?? "auto";
   const room = Math.floor(batchTokens / (limits.slotCount ?? 1)) - 1;
   if (wish === "off" || room < 1) {
     return off(wish === "off" ? "asked for" : "a pass has no room for guesses");
   }
   if (wish !== "auto") {
-    return on(Math.min(wish, room), "asked for");
+    return on(Math.min(wish, room), draft, "asked for");
   }
   if (placement.classes.length === 0) {
     return off("no weights are read for a pass: a guess costs as much as a token");
   }
-  if (model.kind === "mixture-of-experts") {
-    return off("each guess reads experts of its own");
+  if (model.memoryLayers.some(({ stateElements }) => stateElements > 0)) {
+    return off("a wrong guess cannot be taken back from a recurrent state without a copy of it");
   }
+  const own = ownRuns(experience);
+  if (own !== null) {
+    return own.isFaster ? on(Math.min(own.maxTokens, room), draft, own.reason) : off(own.reason);
+  }
+  if (model.kind === "mixture-of-experts") {
+    return off("each guess reads experts of its own, and no own run showed a gain: try --speculation 4");
+  }
+  const slotCount = limits.slotCount ?? 1;
   const depth = Math.min(room, flatTokens(facts));
-  return depth < 1
+  if (depth >= 1) {
+    const tokens = countText(slotCount * (depth + 1));
+    return on(depth, draft, `a pass of ${tokens} tokens reads what a pass of one reads`);
+  }
+  return slotCount === 1
     ? off("computing, not the disk, is what a pass takes")
-    : on(depth, `a pass of ${depth + 1} tokens reads what a pass of one reads`);
+    : off(`${countText(slotCount)} requests share each pass already: more tokens in it would make it longer`);
 }
 
 function off(reason: string): SpeculationChoice {
   return { speculation: null, choice: { name: "speculation", value: "off", reason } };
 }
 
-function on(maxTokens: number, reason: string): SpeculationChoice {
+function on(maxTokens: number, draft: Draft | null, reason: string): SpeculationChoice {
+  const source =
+    draft === null ? "guessed from the context" : `guessed from the context and by ${draft.name}`;
   return {
-    speculation: { maxTokens, fromContext: true, matchTokens, draftPath: null, draftProbability: 0 },
-    choice: {
-      name: "speculation",
-      value: `up to ${countText(maxTokens)} tokens, guessed from the context`,
-      reason,
+    speculation: {
+      maxTokens,
+      fromContext: true,
+      matchTokens,
+      draftPath: draft?.path ?? null,
+      draftProbability: draft === null ? 0 : draftProbability,
     },
+    choice: { name: "speculation", value: `up to ${countText(maxTokens)} tokens, ${source}`, reason },
   };
 }
 
-/** Guesses with which a pass still takes about as long as without, by the measured speeds. */
-function flatTokens(facts: {
-  readonly placement: Placement;
-  readonly speeds: Speeds | null;
-  readonly model: Model;
-}): number {
-  const { model, placement, speeds } = facts;
-  if (speeds === null || speeds.storage === null) {
-    return usualMaxTokens;
+/** What runs with guesses and without say, where there are both. */
+function ownRuns(
+  experience: GuessExperience | null,
+): { readonly isFaster: boolean; readonly maxTokens: number; readonly reason: string } | null {
+  if (experience === null || experience.plainSeconds === null) {
+    return null;
   }
-  const read = placement.classes.reduce((sum, one) => {
+  const best = experience.guessed.toSorted((a, b) => a.seconds - b.seconds)[0];
+  if (best === undefined) {
+    return null;
+  }
+  const figures = `own runs: ${rateText(1 / best.seconds)} with ${best.tokensPerPass.toFixed(2)} tokens a pass, ${rateText(1 / experience.plainSeconds)} without guesses`;
+  return {
+    isFaster: worthwhile * best.seconds < experience.plainSeconds,
+    maxTokens: best.maxTokens,
+    reason: figures,
+  };
+}
+
+// ---- what a pass takes --------------------------------------------------------------------------------------------
+
+/** Bytes that a pass reads of what the pool does not keep. */
+function readBytes(placement: Placement): number {
+  return placement.classes.reduce((sum, one) => {
     const strides = one.sets.reduce((all, set) => all + set.strideCount, 0);
     return sum + Math.max(0, strides - one.slotCount) * one.strideBytes;
   }, 0);
-  const readSeconds = read / speeds.storage.bestBytesPerSecond;
-  const computeSeconds = (tokens: number): number =>
-    model.tensors.reduce((sum, { typeName, shape, touchedBytesPerToken, role }) => {
-      const [columns = 0, rows = 0] = shape;
-      const counts = shape.length >= 2 && touchedBytesPerToken > 0 && role !== "embedding";
-      const matrix = { bytes: touchedBytesPerToken, elements: columns * rows };
-      return counts ? sum + speeds.batchSeconds(typeName, matrix, tokens) : sum;
-    }, 0);
-  const one = Math.max(readSeconds, computeSeconds(1));
+}
+
+function computeSeconds(model: Model, speeds: Speeds, tokens: number): number {
+  return model.tensors.reduce((sum, { typeName, shape, touchedBytesPerToken, role }) => {
+    const [columns = 0, rows = 0] = shape;
+    const counts = shape.length >= 2 && touchedBytesPerToken > 0 && role !== "embedding";
+    const matrix = { bytes: touchedBytesPerToken, elements: columns * rows };
+    return counts ? sum + speeds.batchSeconds(typeName, matrix, tokens) : sum;
+  }, 0);
+}
+
+/** Guesses of each slot with which a pass of all slots still takes about as long as without any. */
+function flatTokens({ model, placement, speeds, limits }: SpeculationFacts): number {
+  const slotCount = limits.slotCount ?? 1;
+  if (speeds === null || speeds.storage === null) {
+    return Math.max(0, Math.floor(usualPassTokens / slotCount) - 1);
+  }
+  const readSeconds = readBytes(placement) / speeds.storage.bestBytesPerSecond;
+  const passSeconds = (guesses: number): number =>
+    Math.max(readSeconds, computeSeconds(model, speeds, slotCount * (1 + guesses)));
   let depth = 0;
-  while (depth < mostTokens && Math.max(readSeconds, computeSeconds(depth + 2)) <= flatness * one) {
+  while (depth < mostTokens && passSeconds(depth + 1) <= flatness * passSeconds(0)) {
     depth++;
   }
   return depth;
+}
+
+// ---- a draft model ------------------------------------------------------------------------------------------------
+
+/** Tokens that a pass of `guesses` gives where each is right with this probability, given that those before it were. */
+export function tokensPerPass(acceptance: number, guesses: number): number {
+  let sum = 0;
+  for (let i = 0, share = 1; i <= guesses; i++, share *= acceptance) sum += share;
+  return sum;
+}
+
+export interface DraftFacts {
+  readonly draft: Draft;
+  readonly model: Model;
+  /** Where weights go without the draft, and with it. */
+  readonly alone: Placement;
+  readonly together: Placement;
+  readonly guesses: number;
+  readonly speeds: Speeds | null;
+  /** Of own runs without the draft and with it; null where there were none. */
+  readonly experienceAlone: GuessExperience | null;
+  readonly experienceTogether: GuessExperience | null;
+}
+
+export interface DraftVerdict {
+  readonly pays: boolean;
+  /** The numbers, as a sentence. */
+  readonly reason: string;
+}
+
+/**
+ * A draft of d bytes takes the place of weights, so that a pass reads W - R + d instead of W - R, and a pass waits for
+ * its guesses. It pays where it brings more tokens a pass than that costs: A(d) > (W - R + d) / (W - R) while nothing
+ * else brings any and guessing takes no time.
+ */
+export function judgeDraft(facts: DraftFacts): DraftVerdict {
+  const { draft, model, alone, together, guesses, speeds } = facts;
+  const readAlone = readBytes(alone);
+  const readTogether = readBytes(together);
+  if (readAlone === 0) {
+    return { pays: false, reason: "no weights are read for a pass: a guess costs as much as a token" };
+  }
+  const [meanAlone, meanTogether] = [facts.experienceAlone, facts.experienceTogether].map(bestTokensPerPass);
+  const brings = (meanTogether ?? tokensPerPass(usualAcceptance, guesses)) / (meanAlone ?? 1);
+  const source = meanTogether === null ? "assumed, as of models of one family" : "as own runs had it";
+  const bandwidth = speeds?.storage?.bestBytesPerSecond ?? null;
+  let costs = readTogether / readAlone;
+  let guessing = "";
+  if (speeds !== null && bandwidth !== null) {
+    const compute = computeSeconds(model, speeds, 1 + guesses);
+    const guessSeconds = guesses * computeSeconds(draft.model, speeds, 1);
+    const before = Math.max(readAlone / bandwidth, computeSeconds(model, speeds, 1));
+    costs = (Math.max(readTogether / bandwidth, compute) + guessSeconds) / before;
+    guessing = ` and waits ${durationText(guessSeconds)} for ${countText(guesses)} guesses`;
+  }
+  return {
+    pays: brings > costs,
+    reason:
+      `with its ${bytesText(draft.bytes)} a pass reads ${bytesText(readTogether)} instead of ${bytesText(readAlone)}${guessing}: ` +
+      `it has to bring ${costs.toFixed(2)} tokens for each one without it, and brings ${brings.toFixed(2)} (${source})`,
+  };
+}
+
+function bestTokensPerPass(experience: GuessExperience | null): number | null {
+  const best = experience?.guessed.toSorted((a, b) => a.seconds - b.seconds)[0];
+  return best?.tokensPerPass ?? null;
 }

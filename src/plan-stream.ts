@@ -42,6 +42,7 @@ import {
   noGpu,
   roomOf,
   type Sides,
+  speculationFacts,
   type Task,
   threadChoice,
   useOf,
@@ -61,6 +62,11 @@ export const retryWaitNs = 1_000_000;
 const streamingPollPercent = 20;
 /** Routing drifts with the text; a few thousand tokens of memory keep the hot experts through a change of topic. */
 export const halfLifeTokens = 4096;
+/**
+ * A prompt tells which experts are hot, and must not outweigh the answer: the core computes the last layer of a prompt
+ * for its last token alone, and that layer's experts would count next to nothing for as many tokens as it had.
+ */
+export const mostPassTokens = 16;
 
 export interface Streamed {
   readonly context: ContextChoice;
@@ -268,7 +274,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
   const streamedBytes = placement.classes.reduce((sum, one) => sum + one.strideBytes * one.strideCount, 0);
   const residentBytes = more.ramBytes + more.gpuBytes - copiedOutputBytes(model, placement.gpuLayers);
   const lookahead = hasDense ? ringSlots : 0;
-  const guesses = chooseSpeculation({ ...task, placement }, ubatchTokens);
+  const guesses = chooseSpeculation(speculationFacts(task, placement), ubatchTokens);
   return {
     ...commonPart(task, placement, { context, sides: full, ubatchTokens }),
     mode,
@@ -379,6 +385,7 @@ function slotClass(one: PlacedClass): SlotClass {
       // A cyclic order defeats every policy but a fixed subset; experts come by use.
       kind: one.kind === "expert" ? "lfu-decay" : "pinned-cyclic",
       halfLifeTokens,
+      mostPassTokens,
       staleAfterPasses: 1,
       pinnedSlots: one.kind === "expert" ? 0 : pinnedCount(one.slotCount, one.strideCount),
       workingSetStrides: touched,

@@ -15,7 +15,7 @@ import {
   type Speeds,
   speedsOf,
 } from "./plan-cost";
-import { adjust, hitCurveOf, type PlanFacts } from "./plan-history";
+import { adjust, guessExperienceOf, hitCurveOf, modelKeyOf, type PlanFacts } from "./plan-history";
 import {
   allGpuLayers,
   copiedOutputBytes,
@@ -29,6 +29,7 @@ import {
   type Use,
 } from "./plan-memory";
 import { groupsOf, leastPoolBytes } from "./plan-place";
+import type { Draft, SpeculationFacts } from "./plan-speculation";
 import { bandwidthText, bytesText, countText } from "./text";
 
 /** llama.cpp's own defaults (common.h: n_batch, n_ubatch): what its server runs with is what a resident model gets. */
@@ -88,6 +89,8 @@ export interface Task {
   readonly speeds: Speeds | null;
   readonly curve: HitCurve;
   readonly reader: ReaderShape & { readonly reason: string };
+  /** Its bytes are out of the budget already. */
+  readonly draft: Draft | null;
 }
 
 export function taskOf(
@@ -112,6 +115,7 @@ export function taskOf(
     speeds: speedsOf(model, machine, threads),
     curve: knowledge.hitCurve ?? hitCurveOf(model, knowledge.history ?? []) ?? publishedHitCurve,
     reader: readerOf(model, machine, budget),
+    draft: null,
   };
 }
 
@@ -259,7 +263,7 @@ export function commonPart(task: Task, placement: Placement, { context, sides, u
     embeddings: limits.embeddings === true,
     slotFolder: null,
     contextShift: limits.contextShift === true,
-    memory: sides.ram,
+    memory: { ...sides.ram, draftBytes: task.draft?.bytes ?? 0 },
     gpuMemory: placement.gpuLayers === 0 ? null : sides.gpu,
     longestContextTokens: longestContext(task, placement, ubatchTokens),
   } as const;
@@ -269,6 +273,15 @@ export function commonPart(task: Task, placement: Placement, { context, sides, u
     task.knowledge.history ?? [],
   );
   return { ...part, estimate };
+}
+
+/** What the choice of guesses asks. */
+export function speculationFacts(task: Task, placement: Placement): SpeculationFacts {
+  const { model, machine, threads, limits, speeds, draft, knowledge } = task;
+  const facts = historyFacts(model, machine, threads, poolShareOf(placement.classes));
+  const draftKey = draft === null ? null : modelKeyOf(draft.model);
+  const experience = guessExperienceOf(facts, knowledge.history ?? [], draftKey);
+  return { model, limits, placement, speeds, experience, draft };
 }
 
 export function historyFacts(

@@ -9,6 +9,7 @@ import { HypuraError } from "./errors";
 import type { Machine } from "./machine";
 import type { Model, ModelTensor } from "./model";
 import type { Estimate, HitCurve } from "./plan-cost";
+import { withDraft } from "./plan-draft";
 import { type MeasuredRun, measuredRun, type RunFigures } from "./plan-history";
 import { type GpuMemoryUse, type MemoryUse, memoryOf, sumOf } from "./plan-memory";
 import { groupsOf, leastPoolBytes, type ProgramSolver, type Solution } from "./plan-place";
@@ -31,7 +32,7 @@ import {
 import { bytesText, countText } from "./text";
 
 export type { Estimate, HitCurve } from "./plan-cost";
-export type { MeasuredRun, RunFigures } from "./plan-history";
+export type { GuessFigures, MeasuredRun, RunFigures } from "./plan-history";
 export { type GpuMemoryUse, kvTypes, type MemoryUse } from "./plan-memory";
 export { budgetOf, gpuBudgetOf } from "./plan-task";
 
@@ -67,6 +68,8 @@ export interface Choice {
 export interface CachePolicy {
   readonly kind: "lru" | "lfu-decay" | "least-stale" | "pinned-cyclic";
   readonly halfLifeTokens: number;
+  /** A pass of more tokens counts as so many; 0: as it is. */
+  readonly mostPassTokens: number;
   readonly staleAfterPasses: number;
   readonly pinnedSlots: number;
   readonly workingSetStrides: number;
@@ -191,8 +194,20 @@ export interface PlanLimits {
   /** Tokens guessed and verified in one pass, at most; `auto` guesses where a pass does not take longer for it. */
   readonly speculation?: "off" | "auto" | number;
   readonly contextShift?: boolean;
+  /** The file of a small model with the same vocabulary; draft.ts opens it and puts it into `draft`. */
+  readonly draftPath?: string | null;
+  /** Taken where it pays; always where `speculation` is a number. */
+  readonly draft?: DraftModel | null;
   /** A plan that was made before: it is followed as it is, if it is one of this model. */
   readonly plan?: Plan | null;
+}
+
+/** A small model with the vocabulary of the large one. */
+export interface DraftModel {
+  readonly path: string;
+  readonly model: Model;
+  /** A person named it; else it lay beside the model. */
+  readonly isAskedFor: boolean;
 }
 
 export const noLimits: PlanLimits = {
@@ -228,13 +243,21 @@ export function makePlan(
     return followed(subject, limits.plan);
   }
   const task = taskOf(subject, machine, limits, knowledge);
-  const plan =
-    (limits.mode === "stream" ? null : makeResident(task)) ??
-    (limits.mode === "resident" ? null : (makeMapped(task) ?? makeStreaming(task)));
+  const plan = planned(task);
   if (plan === null) {
     throw refusal(task);
   }
-  return plan;
+  return limits.draft === undefined || limits.draft === null || limits.speculation === "off"
+    ? plan
+    : withDraft(task, plan, limits.draft, planned);
+}
+
+function planned(task: Task): Plan | null {
+  const { limits } = task;
+  return (
+    (limits.mode === "stream" ? null : makeResident(task)) ??
+    (limits.mode === "resident" ? null : (makeMapped(task) ?? makeStreaming(task)))
+  );
 }
 
 export function totalBytes(memory: MemoryUse): number {

@@ -55,7 +55,9 @@ export class PrefixSlots {
   async place(lease: Lease<LibraryModel>, prepared: Prepared): Promise<Placed> {
     const { shelf } = lease.model;
     const tokens = prepared.promptIds;
-    if (shelf === null || tokens === null) {
+    // A draft model keeps a cache of its own, which no file has.
+    const hasDraft = (lease.plan.speculation?.draftPath ?? null) !== null;
+    if (shelf === null || tokens === null || hasDraft) {
       this.forget(lease);
       return nowhere;
     }

@@ -246,22 +246,33 @@ export const policyNames = [
 ] as const;
 export type PolicyName = (typeof policyNames)[number];
 
-/** A policy to try; `value` is the half-life in tokens (lfu-decay) or the passes (least-stale), else the recorded ones. */
+/**
+ * A policy to try; `value` is the half-life in tokens (lfu-decay) or the passes (least-stale), `mostPassTokens` what a
+ * pass counts for at most (lfu-decay), else the recorded ones.
+ */
 export interface Candidate {
   readonly label: string;
   readonly name: PolicyName;
   readonly value: number | null;
+  readonly mostPassTokens: number | null;
 }
+
+/** Numbers that may stand behind a name. */
+const valueCounts: Readonly<Partial<Record<PolicyName, number>>> = { "lfu-decay": 2, "least-stale": 1 };
 
 /** "lfu-decay:256" -> a candidate; null where there is no such policy. */
 export function parseCandidate(text: string): Candidate | null {
-  const [name = "", value] = text.split(":");
+  const [name = "", ...values] = text.split(":");
   const known = policyNames.find((one) => one === name);
-  const takesValue = known === "lfu-decay" || known === "least-stale";
-  const isValue = value === undefined || (takesValue && /^\d{1,9}$/.test(value));
-  return known === undefined || !isValue
+  if (known === undefined || values.length > (valueCounts[known] ?? 0)) {
+    return null;
+  }
+  const [value = null, mostPassTokens = null] = values.map((word) =>
+    /^\d{1,9}$/.test(word) ? Number(word) : Number.NaN,
+  );
+  return Number.isNaN(value) || Number.isNaN(mostPassTokens)
     ? null
-    : { label: text, name: known, value: value === undefined ? null : Number(value) };
+    : { label: text, name: known, value, mostPassTokens };
 }
 
 interface Geometry {
@@ -335,7 +346,12 @@ function policyOf(candidate: Candidate, geometry: Geometry, slotCount: number): 
     case "lru-guarded":
       return { ...base, kind: "lru" };
     case "lfu-decay":
-      return { ...base, kind: "lfu-decay", halfLifeTokens: candidate.value ?? base.halfLifeTokens };
+      return {
+        ...base,
+        kind: "lfu-decay",
+        halfLifeTokens: candidate.value ?? base.halfLifeTokens,
+        mostPassTokens: candidate.mostPassTokens ?? base.mostPassTokens,
+      };
     case "least-stale":
       return { ...base, kind: "least-stale", staleAfterPasses: candidate.value ?? base.staleAfterPasses };
     case "pinned-cyclic":

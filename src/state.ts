@@ -17,9 +17,18 @@ import { homedir } from "node:os";
 import { dirname, join } from "node:path";
 import { HypuraError } from "./errors";
 
+/** "/" for a user that the system knows no home of, as in a container that runs with any user's number. */
+export function userHome(): string {
+  try {
+    return homedir();
+  } catch {
+    return "/"; // no HOME, and no entry in the list of users
+  }
+}
+
 export function stateFolder(): string {
   const named = process.env["HYPURA_HOME"];
-  return named === undefined || named === "" ? join(homedir(), ".hypura") : named;
+  return named === undefined || named === "" ? join(userHome(), ".hypura") : named;
 }
 
 /** The document's text; null where there is none. Throws `io` where it cannot be read. */

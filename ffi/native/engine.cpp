@@ -90,6 +90,7 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
         spec.op_slots = u32(c, "opSlots");
         spec.policy.kind = policy_kind(policy.at("kind").get<std::string>());
         spec.policy.half_life_tokens = policy.at("halfLifeTokens").get<double>();
+        spec.policy.most_pass_tokens = u32(policy, "mostPassTokens");
         spec.policy.stale_after_passes = u32(policy, "staleAfterPasses");
         spec.policy.pinned_slots = u32(policy, "pinnedSlots");
         spec.policy.working_set_strides = u32(policy, "workingSetStrides");
@@ -438,7 +439,7 @@ void set_speculation(common_params & p, const PlanSpeculation & s) {
         p.speculative.draft.p_min = static_cast<float>(s.draft_probability);
         p.speculative.draft.cpuparams = p.cpuparams;
         p.speculative.draft.cpuparams_batch = p.cpuparams_batch;
-        p.speculative.draft.n_gpu_layers = p.n_gpu_layers;
+        p.speculative.draft.n_gpu_layers = 0; // the plan gives it memory of the processor's side
         p.speculative.draft.cache_type_k = p.cache_type_k;
         p.speculative.draft.cache_type_v = p.cache_type_v;
         p.speculative.draft.backend_sampling = false;

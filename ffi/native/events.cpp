@@ -23,7 +23,11 @@ EventPair make_event_pair() {
 #endif
 #if defined(SO_NOSIGPIPE)
     const int on = 1;
-    setsockopt(fds[0], SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof(on));
+    if (setsockopt(fds[0], SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof(on)) != 0) {
+        close(fds[0]);
+        close(fds[1]);
+        return {};
+    }
 #endif
     return {fds[0], fds[1]};
 }
@@ -34,10 +38,11 @@ EventWriter::~EventWriter() {
 
 namespace {
 
-#if defined(MSG_NOSIGNAL)
-constexpr int no_signal = MSG_NOSIGNAL;
+// Darwin's newer headers have MSG_NOSIGNAL too, which its older kernels do not know; there the socket has SO_NOSIGPIPE.
+#if defined(SO_NOSIGPIPE)
+constexpr int no_signal = 0;
 #else
-constexpr int no_signal = 0; // SO_NOSIGPIPE is set on the socket
+constexpr int no_signal = MSG_NOSIGNAL;
 #endif
 
 // One buffer, one send: a line that fits the socket buffer is one system call and one wake-up of the reader.

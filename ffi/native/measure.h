@@ -104,10 +104,11 @@ struct CopySpec {
     uint32_t thread_count;
     uint64_t buffer_bytes; // of each of the two sides, all threads together
     uint64_t duration_ns;  // no pass over a thread's share begins later, beyond the first
+    bool reads_only = false; // adds up the source instead: what memory gives to who only reads, as weights are read
 };
 
 struct CopyFigures {
-    uint64_t copied_bytes = 0;
+    uint64_t copied_bytes = 0; // or read
     uint64_t wall_ns = 0;
 };
 

@@ -65,8 +65,11 @@ void NeuronCache::choose_kept(Span<const uint8_t> kept) {
 
 void NeuronCache::begin_pass(uint32_t token_count) {
     pass_count_++;
+    bool shortened = policy_.most_pass_tokens > 0 && token_count > policy_.most_pass_tokens;
+    double counted = shortened ? policy_.most_pass_tokens : token_count;
+    pass_share_ = shortened ? counted / token_count : 1;
     if (policy_.kind == PolicyKind::kLfuDecay && policy_.half_life_tokens > 0) {
-        weight_ *= std::exp2(std::min(token_count / policy_.half_life_tokens, 400.0));
+        weight_ *= std::exp2(std::min(counted / policy_.half_life_tokens, 400.0));
         if (weight_ > kRescaleAt) {
             rescale();
         }
@@ -88,7 +91,7 @@ void NeuronCache::rescale() {
 void NeuronCache::touch(uint32_t stride, uint32_t token_count) {
     HY_CHECK(stride < stride_count_);
     Stride& s = strides_[stride];
-    s.score += token_count * weight_;
+    s.score += token_count * pass_share_ * weight_;
     s.used_at = ++touch_count_;
     s.used_pass = pass_count_;
     current_order_ = s.order;

@@ -21,7 +21,9 @@
 //                 kept for absent strides too. Counting tokens and not passes matters: with several tokens in a pass
 //                 the pass counts tie. On a tie the most recently used goes, so that a scan over equal strides keeps a
 //                 part of them. Binary heap, O(log slots). Decay costs nothing per stride: the weight of a new token
-//                 grows.
+//                 grows. A long pass may count as a shorter one, with the same proportions: the core computes the last
+//                 layer of a prompt for its last token alone, so against the whole weight of a long prompt the experts
+//                 of that layer would be the first to go for as many tokens as the prompt had.
 //   least_stale   first what no op used for stale_after_passes passes, longest unused first; else what the order of ops
 //                 needs last again, which is what the op just done and its predecessors used. O(ops / 64).
 //   pinned_cyclic a fixed subset of pinned_slots strides, evenly spread over the stride numbers (or a given one: the
@@ -40,6 +42,7 @@ enum class PolicyKind : uint8_t { kLru, kLfuDecay, kLeastStale, kPinnedCyclic };
 struct CachePolicy {
     PolicyKind kind = PolicyKind::kLru;
     double half_life_tokens = 0;      // lfu_decay; 0: never forget
+    uint32_t most_pass_tokens = 0;    // lfu_decay: a pass of more tokens counts as so many; 0: as it is
     uint32_t stale_after_passes = 0;  // least_stale
     uint32_t pinned_slots = 0;        // pinned_cyclic
     uint32_t working_set_strides = 0; // lru: strides of this class that one token touches
@@ -168,6 +171,7 @@ private:
     uint32_t current_order_ = 0;
     uint64_t touch_count_ = 0;
     uint64_t pass_count_ = 0;
+    double pass_share_ = 1; // of a token of this pass, what counts
     double weight_ = 1; // of one token now
 };
 

@@ -136,7 +136,7 @@ void read_ahead(int descriptor, FileRange range);
 enum class PageKind : uint8_t { kBase, kHuge };
 
 struct Memory {
-    std::byte* data = nullptr; // aligned to 2 MiB for kHuge, to a page else
+    std::byte* data = nullptr; // aligned to 2 MiB for kHuge where the system has such pages, to a page else
     uint64_t bytes = 0;        // what was mapped, for unmap_memory
     bool huge = false;         // the system took the huge-page advice
 };

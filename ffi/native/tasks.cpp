@@ -4,6 +4,7 @@
 //             -> one chunk {"devices":[{name,description,type,totalBytes,freeBytes,isUnified}]}: what ggml can compute
 //                on, without a streaming device of ours
 //   copy      {threads,bufferBytes,durationNs}
+//   scan      the same, only reading
 //             -> one chunk {bytes,ns}
 //   products  {threads,pollPercent,types,weightBytes,tensorBytes,rowElements,batchTokens,batchRows,durationNs}
 //             -> a chunk "product" for each type {typeName,decodeBytes,decodeNs,decodePasses,prefillFlops,prefillNs,
@@ -181,9 +182,9 @@ TaskBody devices_task(const common_json &) {
     };
 }
 
-TaskBody copy_task(const common_json & json) {
+TaskBody memory_task(const common_json & json, bool reads_only) {
     const CopySpec spec{small(json, "threads", some_threads), whole(json, "bufferBytes", one_or_more),
-                        whole(json, "durationNs", any_count)};
+                        whole(json, "durationNs", any_count), reads_only};
     return [spec](TaskEvents & events) {
         CopyFigures figures;
         std::string error;
@@ -192,6 +193,14 @@ TaskBody copy_task(const common_json & json) {
         }
         events.data(Object().add("bytes", figures.copied_bytes).add("ns", figures.wall_ns).done());
     };
+}
+
+TaskBody copy_task(const common_json & json) {
+    return memory_task(json, false);
+}
+
+TaskBody scan_task(const common_json & json) {
+    return memory_task(json, true);
 }
 
 TaskBody products_task(const common_json & json) {
@@ -349,6 +358,8 @@ CachePolicy parse_policy(const common_json & json, uint32_t slot_count) {
     CachePolicy policy;
     policy.kind = policy_kind(json.at("kind").get<std::string>());
     policy.half_life_tokens = json.at("halfLifeTokens").get<double>();
+    // Traces from before it was a number of the plan have none.
+    policy.most_pass_tokens = json.contains("mostPassTokens") ? small(json, "mostPassTokens", any_count) : 0;
     policy.stale_after_passes = small(json, "staleAfterPasses", any_count);
     policy.pinned_slots = small(json, "pinnedSlots", {0, slot_count - 1});
     policy.working_set_strides = small(json, "workingSetStrides", any_count);
@@ -576,7 +587,7 @@ struct Task {
 
 constexpr Task tasks[] = {
     {"cached", cached_task}, {"copy", copy_task},   {"devices", devices_task}, {"products", products_task},
-    {"reads", reads_task},   {"replay", replay_task}, {"scratch", scratch_task},
+    {"reads", reads_task},   {"replay", replay_task}, {"scan", scan_task},       {"scratch", scratch_task},
 };
 
 void run_task(const TaskBody & body, TaskEvents & events) {

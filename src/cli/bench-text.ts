@@ -68,13 +68,20 @@ const rows: readonly Row[] = [
     value: (one) => (one.reads.oursBytes === null ? null : one.reads.stallShare),
     text: percentText,
   },
+  { name: "others' load", value: (one) => one.othersShare ?? null, text: percentText },
   { name: "disk busy", value: (one) => one.diskBusyShare, text: percentText },
   {
     name: "bound tok/s",
-    value: (_, bound) => (bound.kind === "disk" ? bound.tokensPerSecond : null),
+    value: (_, bound) => (bound.kind === "none" ? null : bound.tokensPerSecond),
     text: bare,
   },
-  { name: "  reached", value: (_, bound) => (bound.kind === "disk" ? bound.share : null), text: percentText },
+  {
+    name: "  set by",
+    // The median of disk runs and memory runs lies between them.
+    value: (_, bound) => (bound.kind === "none" ? null : bound.kind === "disk" ? 0 : 1),
+    text: (kind) => (kind === 0 ? "disk" : kind === 1 ? "memory" : "both"),
+  },
+  { name: "  reached", value: (_, bound) => (bound.kind === "none" ? null : bound.share), text: percentText },
   { name: "distinct tokens", value: (one) => one.distinctShare, text: percentText },
 ];
 

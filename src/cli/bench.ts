@@ -10,6 +10,8 @@ import packageJson from "../../package.json";
 import { planOf } from "../api";
 import {
   baselineDanger,
+  type Ceilings,
+  type MemoryCeiling,
   type Outcome,
   orderOfRuns,
   outcomeOf,
@@ -20,6 +22,7 @@ import {
   type RunSettings,
   ratioOf,
   recordVersion,
+  type Seen,
   type Side,
 } from "../bench";
 import { keepRecord, readRecords } from "../bench-records";
@@ -27,12 +30,13 @@ import { runOrder } from "../bench-run";
 import { runTask } from "../engine";
 import { exitStatus, HypuraError } from "../errors";
 import { keepRun } from "../history";
-import { type Machine, readMachine } from "../machine";
+import { type Machine, readProcessor } from "../machine";
 import { type MemoryGroup, makeMemoryGroup } from "../memory-group";
 import { type ModelFile, openModelFile, readMetadataArray } from "../modelfile";
 import { type Plan, type PlanLimits, runOf } from "../plan";
-import { fingerprintOf, loadMachine } from "../profile";
+import { fingerprintOf } from "../profile";
 import { findSource, measureStorage } from "../storage";
+import { isMeasured, type Surroundings, surroundingsOf } from "../surroundings";
 import {
   bandwidthText,
   bytesText,
@@ -46,7 +50,7 @@ import {
 import { interruptible } from "./answer";
 import { historyLines, resultLines } from "./bench-text";
 import { bytesFlag, command, limitArgs, limitsOf, numberFlag } from "./command";
-import { pageWidth } from "./measuring";
+import { measuring, pageWidth } from "./measuring";
 import { traceOption } from "./run";
 import { print, stderr, tell } from "./terminal";
 
@@ -61,6 +65,8 @@ const args = {
   threads: limitArgs.threads,
   mode: limitArgs.mode,
   "kv-type": limitArgs["kv-type"],
+  speculation: limitArgs.speculation,
+  draft: limitArgs.draft,
   "gpu-memory": limitArgs["gpu-memory"],
   "prompt-tokens": {
     type: "string",
@@ -132,8 +138,9 @@ export const benchCommand = command(
       "Each run is a process of its own, in rounds of A cold, B cold, B warm, A warm. Cold: the model's\n" +
         "files are dropped from the page cache first, and it is said how much of them would not go.\n" +
         "Warm: right after another run. Figures are medians over the runs of a kind.",
-      "The bound is what the storage allows: bytes that came from it for each token at the bandwidth that\n" +
-        "was measured on the same file before. A run that beats it is refused and not counted.\n" +
+      "The bound is the tighter of two: the bytes that came from storage for each token, at the bandwidth\n" +
+        "just measured on the same file; and the weights that a token touches, less what the caches hold, at\n" +
+        "the speed at which memory was just read. A run that beats one of them is refused and not counted.\n" +
         "Tokens are sampled at temperature 1 with a fixed seed, the end of text ignored.",
       "Every run is kept as a JSON record in the state folder (~/.hypura/bench, or HYPURA_HOME) as soon as\n" +
         "it is over. Ctrl-C ends the benchmark and shows what is done.",
@@ -152,7 +159,7 @@ interface Setting {
   readonly settings: RunSettings;
   readonly prompt: readonly number[];
   readonly plans: Readonly<Record<Side, Plan | null>>;
-  readonly volumeBytesPerSecond: number | null;
+  readonly ceilings: Ceilings;
   readonly group: MemoryGroup | null;
   /** With the profile that is kept for this machine, if there is one. */
   readonly profiled: Machine;
@@ -161,13 +168,14 @@ interface Setting {
 async function bench(flags: Flags, file: ModelFile): Promise<void> {
   const groupBytes = bytesFlag("memory", flags.memory) ?? null;
   const rounds = numberFlag("runs", flags.runs, { least: 1, most: 100, integer: true }) ?? defaults.runs;
-  const plans = plansOf(flags, file, groupBytes);
+  const known = await knownOf(flags, file, groupBytes);
+  const plans = plansOf(flags, file, { known, groupBytes });
   traceOption(plans.hypura as Plan, flags.trace); // refused now, not after all runs
   const group = groupBytes === null ? null : makeMemoryGroup(groupBytes);
   const records: RunRecord[] = [];
   try {
     await interruptible(async (signal) => {
-      const setting = await prepareSetting(flags, file, { plans, group, signal });
+      const setting = await prepareSetting(flags, file, { plans, group, profiled: known.machine, signal });
       sayPlans(setting);
       const order = orderOfRuns(rounds, plans.baseline !== null);
       for (const [index, run] of order.entries()) {
@@ -209,9 +217,20 @@ function traceFile(flags: Flags): string | undefined {
   );
 }
 
+/** What `hypura run` would plan from: where something has to stream and nothing was measured yet, it is measured. */
+async function knownOf(flags: Flags, file: ModelFile, groupBytes: number | null): Promise<Surroundings> {
+  const onNote = (note: string): void => consola.info(note);
+  const known = await surroundingsOf(file.path, { measure: "cached", onNote });
+  const { hypura } = plansOf({ ...flags, baseline: false }, file, { known, groupBytes });
+  if (hypura?.streaming === null || flags.plan !== undefined || isMeasured(known)) {
+    return known;
+  }
+  consola.info("measuring this machine for the plan, once (`hypura profile` shows it)");
+  return measuring((how) => surroundingsOf(file.path, { ...how, measure: "if-needed", onNote }));
+}
+
 /** The machine as it is inside a group of that size. */
-function machineWith(groupBytes: number | null): Machine {
-  const machine = readMachine();
+function machineWith(machine: Machine, groupBytes: number | null): Machine {
   if (groupBytes === null) {
     return machine;
   }
@@ -226,11 +245,16 @@ function machineWith(groupBytes: number | null): Machine {
   };
 }
 
-function plansOf(flags: Flags, file: ModelFile, groupBytes: number | null): Setting["plans"] {
+function plansOf(
+  flags: Flags,
+  file: ModelFile,
+  given: { readonly known: Surroundings; readonly groupBytes: number | null },
+): Setting["plans"] {
+  const { known, groupBytes } = given;
   // --memory is the control group's: what is left in it bounds the plan, and a plan from a file is taken as it is.
   const { memory: _, ...asked } = flags;
-  const machine = machineWith(groupBytes);
-  const hypura = planOf(file, limitsOf(asked), machine);
+  const machine = machineWith(known.machine, groupBytes);
+  const hypura = planOf(file, limitsOf(asked), machine, known.knowledge);
   if (flags.baseline !== true) {
     return { hypura, baseline: null };
   }
@@ -261,6 +285,7 @@ function baselinePlan(file: ModelFile, hypura: Plan, machine: Machine): Plan {
     slotCount: 1,
     memoryBytes: null,
     mode: "resident",
+    speculation: "off",
   };
   const boundless = {
     ...machine,
@@ -274,11 +299,12 @@ function baselinePlan(file: ModelFile, hypura: Plan, machine: Machine): Plan {
 interface Preparation {
   readonly plans: Setting["plans"];
   readonly group: MemoryGroup | null;
+  readonly profiled: Machine;
   readonly signal: AbortSignal;
 }
 
 async function prepareSetting(flags: Flags, file: ModelFile, given: Preparation): Promise<Setting> {
-  const { plans, group, signal } = given;
+  const { plans, group, profiled, signal } = given;
   const plan = plans.hypura as Plan;
   const whole = (most: number) => ({ least: 1, most, integer: true });
   const promptTokens =
@@ -294,11 +320,10 @@ async function prepareSetting(flags: Flags, file: ModelFile, given: Preparation)
   }
   const { vocabularySize } = file.model;
   const types = readMetadataArray(file, "tokenizer.ggml.token_type");
-  const machine = readMachine();
   return {
     file,
     session: `${new Date().toISOString().replace(/[-:]|\.\d+/g, "")}-${randomBytes(2).toString("hex")}`,
-    machine: { fingerprint: fingerprintOf(machine), memoryBytes: machine.memory.totalBytes },
+    machine: { fingerprint: fingerprintOf(profiled), memoryBytes: profiled.memory.totalBytes },
     model: {
       name: plan.model.name,
       path: file.path,
@@ -317,9 +342,12 @@ async function prepareSetting(flags: Flags, file: ModelFile, given: Preparation)
     },
     prompt: promptOf(promptTokens, vocabularySize, types),
     plans,
-    volumeBytesPerSecond: await measureVolume(file, signal),
+    ceilings: {
+      volumeBytesPerSecond: await measureVolume(file, signal),
+      memory: await measureMemory(profiled, signal),
+    },
     group,
-    profiled: await loadMachine({ folder: file.path, measure: "cached", signal }),
+    profiled,
   };
 }
 
@@ -376,7 +404,7 @@ async function measureVolume(file: ModelFile, signal: AbortSignal): Promise<numb
   if (first === undefined || findSource(first.path) === null) {
     return null;
   }
-  status("measuring the volume");
+  status("measuring the model's volume");
   const settings = [8, 16].map((depth) => ({ readBytes: 1_048_576, depth, direct: true, aligned: true }));
   const { speed } = await measureStorage(first.path, {
     settings,
@@ -385,6 +413,31 @@ async function measureVolume(file: ModelFile, signal: AbortSignal): Promise<numb
     signal,
   });
   return speed.bestBytesPerSecond;
+}
+
+/** The best of several short looks counts: another program's share is not the memory's limit. */
+const memoryLooks = { count: 5, seconds: 0.1, leastBytes: 268_435_456 } as const;
+
+/** What all processors together get from memory, only reading; null where the size of the caches is not known. */
+async function measureMemory({ memory }: Machine, signal: AbortSignal): Promise<MemoryCeiling | null> {
+  const { cacheBytes, logicalCores } = readProcessor();
+  if (cacheBytes === null) {
+    return null;
+  }
+  status("measuring the memory");
+  const bufferBytes = Math.max(memoryLooks.leastBytes, 4 * cacheBytes);
+  if (bufferBytes > memory.availableBytes / 4) {
+    return null;
+  }
+  const body = { threads: logicalCores, bufferBytes, durationNs: memoryLooks.seconds * 1e9 };
+  let bytesPerSecond = 0;
+  for (let look = 0; look < memoryLooks.count; look++) {
+    for await (const { data } of runTask("scan", body, signal)) {
+      const { bytes, ns } = data as { readonly bytes: number; readonly ns: number };
+      bytesPerSecond = Math.max(bytesPerSecond, (bytes / Math.max(1, ns)) * 1e9);
+    }
+  }
+  return { bytesPerSecond, cacheBytes };
 }
 
 // ---- a run -------------------------------------------------------------------------------------------------------
@@ -413,7 +466,7 @@ async function oneRun(setting: Setting, run: PlannedRun, place: RunPlace): Promi
   };
   group?.resetPeak();
   const startedAt = new Date().toISOString();
-  let busyAtFirst: number | null = null;
+  let atFirst: Busy = { deviceSeconds: null, processors: null };
   let firstAt = 0;
   const end = await runOrder(order, {
     signal: place.signal,
@@ -421,21 +474,16 @@ async function oneRun(setting: Setting, run: PlannedRun, place: RunPlace): Promi
     onLoaded: () => status(`${label}: reading the prompt`),
     onToken: (count) => {
       if (count === 1) {
-        busyAtFirst = deviceBusySeconds(file.path);
+        atFirst = busyNow(file.path);
         firstAt = performance.now();
       }
       const rate = count < 2 ? "" : `, ${rateText((count - 1) / ((performance.now() - firstAt) / 1000))}`;
       status(`${label}: ${count} of ${settings.maxTokens} tokens${rate}`);
     },
   });
-  const busyAtEnd = deviceBusySeconds(file.path);
-  const seen = {
-    groupPeakBytes: group?.peakBytes() ?? null,
-    deviceBusySeconds: busyAtFirst === null || busyAtEnd === null ? null : busyAtEnd - busyAtFirst,
-  };
-  const { volumeBytesPerSecond } = setting;
-  const outcome: Outcome =
-    end.status === "reported" ? outcomeOf(end.report, seen, { plan, volumeBytesPerSecond }) : end;
+  const seen = { groupPeakBytes: group?.peakBytes() ?? null, ...busySince(atFirst, busyNow(file.path)) };
+  const { ceilings } = setting;
+  const outcome: Outcome = end.status === "reported" ? outcomeOf(end.report, seen, { plan, ceilings }) : end;
   const { tensors: _, ...kept } = plan;
   return {
     version: recordVersion,
@@ -462,6 +510,43 @@ async function cached(file: ModelFile, drop: boolean, signal: AbortSignal): Prom
     return (data as { readonly cachedBytes: number | null }).cachedBytes;
   }
   return null;
+}
+
+/** How long things have been busy since the machine started, whoever used them; null where that is unknown. */
+interface Busy {
+  readonly deviceSeconds: number | null;
+  readonly processors: Seen["processors"];
+}
+
+function busyNow(path: string): Busy {
+  return { deviceSeconds: deviceBusySeconds(path), processors: processorsBusy() };
+}
+
+function busySince(before: Busy, after: Busy): Pick<Seen, "deviceBusySeconds" | "processors"> {
+  const since = (from: number | null, to: number | null): number | null =>
+    from === null || to === null ? null : to - from;
+  const busySeconds = since(before.processors?.busySeconds ?? null, after.processors?.busySeconds ?? null);
+  return {
+    deviceBusySeconds: since(before.deviceSeconds, after.deviceSeconds),
+    processors: busySeconds === null ? null : { busySeconds, count: after.processors?.count ?? 1 },
+  };
+}
+
+/** The unit of /proc/stat, USER_HZ, is 100 on every Linux that programs see. */
+const ticksPerSecond = 100;
+
+function processorsBusy(): Busy["processors"] {
+  try {
+    const lines = readFileSync("/proc/stat", "utf8").split("\n");
+    const ticks = (lines[0] ?? "").trim().split(/\s+/).slice(1).map(Number);
+    const [user = 0, nice = 0, system = 0, , , interrupts = 0, softInterrupts = 0, stolen = 0] = ticks;
+    return {
+      busySeconds: (user + nice + system + interrupts + softInterrupts + stolen) / ticksPerSecond,
+      count: lines.filter((line) => /^cpu\d/.test(line)).length,
+    };
+  } catch {
+    return null; // no such file on this system
+  }
 }
 
 /** How long the device of the file has been busy since the machine started, whoever used it; null where unknown. */
@@ -507,7 +592,7 @@ function planText(plan: Plan): string {
   return `${plan.mode} (${plan.loadMode}${repack}${pool}), ${plural(plan.decodeThreads, "thread")}`;
 }
 
-function sayPlans({ plans, settings, model, volumeBytesPerSecond }: Setting): void {
+function sayPlans({ plans, settings, model, ceilings }: Setting): void {
   clearStatus();
   const { hypura, baseline } = plans;
   const limit = settings.groupBytes === null ? "" : `, each in ${bytesText(settings.groupBytes)}`;
@@ -519,15 +604,25 @@ function sayPlans({ plans, settings, model, volumeBytesPerSecond }: Setting): vo
   if (baseline !== null) {
     consola.info(`baseline: ${planText(baseline)}`);
   }
-  if (volumeBytesPerSecond !== null) {
-    consola.info(`the volume gives ${bandwidthText(volumeBytesPerSecond)}, cold and past the page cache`);
+  const { volumeBytesPerSecond, memory } = ceilings;
+  const gives = [
+    ...(volumeBytesPerSecond === null
+      ? []
+      : [`the volume gives ${bandwidthText(volumeBytesPerSecond)}, cold and past the page cache`]),
+    ...(memory === null ? [] : [`memory ${bandwidthText(memory.bytesPerSecond)} to who only reads`]),
+  ];
+  if (gives.length > 0) {
+    consola.info(gives.join("; "));
   }
 }
+
+/** What is left to others on an idle machine: the benchmark's own parent, and the system. */
+const mostOthersShare = 0.1;
 
 function sayOutcome(record: RunRecord): void {
   clearStatus();
   const { outcome, side, state, cachedBytes, model } = record;
-  const head = `${String(record.index + 1).padStart(2)}. ${side.padEnd(8)} ${state}`;
+  const head = `run ${String(record.index + 1).padEnd(2)} ${side.padEnd(8)} ${state}`;
   const rest = (cachedBytes ?? 0) / model.bytes;
   if (state === "cold" && cachedBytes === null) {
     consola.warn("this system does not tell what the page cache holds: cold may be less cold than it says");
@@ -538,11 +633,16 @@ function sayOutcome(record: RunRecord): void {
   }
   switch (outcome.status) {
     case "finished": {
-      const { decodeTokensPerSecond: rate, firstTokenSeconds, isCutShort } = outcome.figures;
+      const { decodeTokensPerSecond: rate, firstTokenSeconds, isCutShort, othersShare } = outcome.figures;
       const cut = isCutShort ? " (cut short by --seconds)" : "";
       consola.info(
         `${head}: ${rateText(rate.median)}, first token after ${durationText(firstTokenSeconds)}${cut}`,
       );
+      if ((othersShare ?? 0) > mostOthersShare) {
+        consola.warn(
+          `other programs had ${Math.round(100 * (othersShare ?? 0))} % of the processors meanwhile: this figure is theirs too`,
+        );
+      }
       return;
     }
     case "refused":
@@ -601,7 +701,8 @@ async function showHistory(flags: Flags): Promise<void> {
   const wanted = flags.model === undefined ? null : hashOf(openModelFile(flags.model));
   const records = wanted === null ? all : all.filter((record) => record.model.hash === wanted);
   if (unreadable > 0) {
-    consola.warn(`${unreadable} records are damaged or of another version, and left out`);
+    const verb = unreadable === 1 ? "is" : "are";
+    consola.warn(`${plural(unreadable, "record")} ${verb} damaged or of another version, and left out`);
   }
   if (flags.json === true) {
     await print(`${JSON.stringify({ records })}\n`);

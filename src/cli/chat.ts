@@ -13,7 +13,6 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { homedir } from "node:os";
 import { consola } from "consola";
 import type { Prepared } from "../api";
 import {
@@ -30,6 +29,7 @@ import {
 import type { Engine } from "../engine";
 import { exitStatus, HypuraError } from "../errors";
 import { type Answer, type GenerateOptions, generate, PromptTooLongError } from "../generate";
+import { userHome } from "../state";
 import { countText, plural, table } from "../text";
 import { rememberAnswer, StreamingWatch, showAnswer, speedText } from "./answer";
 import { interrupted, type Lines, openLines } from "./lines";
@@ -230,7 +230,7 @@ function endNotes({ finish, text }: Answer): readonly string[] {
 
 /** No shell expands what is typed here. */
 function withHome(path: string): string {
-  return path.startsWith("~/") ? `${homedir()}${path.slice(1)}` : path;
+  return path.startsWith("~/") ? `${userHome()}${path.slice(1)}` : path;
 }
 
 /** Whole or not at all, and never over a file that is something else. */

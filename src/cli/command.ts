@@ -220,9 +220,14 @@ export const limitArgs = {
   },
   speculation: {
     type: "string",
-    description:
-      "Tokens guessed and verified in one pass: off, auto or N (auto: where a pass takes no longer)",
+    description: "Tokens guessed for a pass: off, auto or N (auto: while it costs nothing)",
     valueHint: "N",
+  },
+  draft: {
+    type: "string",
+    description:
+      "A small model of the same family that guesses for this one (one beside it, where that pays)",
+    valueHint: "FILE",
   },
   plan: {
     type: "string",
@@ -267,6 +272,7 @@ export function limitsOf(flags: LimitFlags): PlanLimits {
     gpuMemoryBytes: gpuMemory === "0" ? 0 : (bytesFlag("gpu-memory", gpuMemory) ?? null),
     kvType: flags["kv-type"]?.toLowerCase() ?? null,
     speculation: speculationFlag(flags.speculation),
+    draftPath: flags.draft ?? null,
     plan: planFlag(flags),
   };
 }
@@ -306,6 +312,16 @@ export function readJson(path: string, what: string): unknown {
       "usage",
       `the ${what} file ${JSON.stringify(path)} is no JSON (${(cause as Error).message})`,
       { cause },
+    );
+  }
+}
+
+/** Says that the draft model that was asked for is not used, where it is not. */
+export function warnOfDraft(limits: PlanLimits, plan: Plan): void {
+  const choice = plan.choices.find(({ name }) => name === "draft");
+  if ((limits.draftPath ?? null) !== null && plan.speculation?.draftPath == null) {
+    consola.warn(
+      `--draft is not used: ${choice?.reason ?? "nothing is guessed"} (--speculation N uses it all the same)`,
     );
   }
 }

@@ -24,7 +24,7 @@ import {
   shortCountText,
   table,
 } from "../text";
-import { command, limitArgs, limitsOf, readJson, warnOfCut } from "./command";
+import { command, limitArgs, limitsOf, readJson, warnOfCut, warnOfDraft } from "./command";
 import {
   barWidth,
   expectRows,
@@ -112,6 +112,7 @@ export function inspectText(file: ModelFile, limits: PlanLimits, place: Place, s
   const verdict = judge(file, limits, place);
   if (verdict.plan !== null) {
     warnOfCut(limits, verdict.plan);
+    warnOfDraft(limits, verdict.plan);
   }
   return show.json ? `${JSON.stringify(asJson(file, verdict))}\n` : page(file, verdict, show);
 }

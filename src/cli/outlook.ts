@@ -198,6 +198,7 @@ const memoryNames: Readonly<Record<keyof Plan["memory"], string>> = {
   stateBytes: "recurrent state",
   computeBytes: "scratch",
   streamingBytes: "scratch of streaming",
+  draftBytes: "draft model",
   processBytes: "hypura itself",
 };
 

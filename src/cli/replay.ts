@@ -32,7 +32,7 @@ import { measuring, pageWidth, section } from "./measuring";
 import { print, stdout } from "./terminal";
 
 /** Shares of the streamed bytes: below, around and above the working set of one token of most models. */
-const defaultPercents: readonly number[] = [5, 11, 24, 50, 75];
+const defaultPercents: readonly number[] = [5, 8, 11, 16, 24, 50, 75];
 
 export const replayCommand = command(
   {
@@ -89,7 +89,8 @@ export const replayCommand = command(
     notes: [
       "Policies:\n" +
         "  belady         the optimum: knows the future; no policy reads less\n" +
-        "  lfu-decay[:N]  the least used goes; uses are forgotten by half in N tokens\n" +
+        "  lfu-decay[:N[:M]] the least used goes; uses are forgotten by half in N tokens, and a pass counts\n" +
+        "                 for M tokens at most\n" +
         "  pinned-lru     the hottest strides of the first half stay for good, the rest is LRU\n" +
         "  least-stale[:N] unused for N passes goes, else what comes round last\n" +
         "  lru            the longest unused goes: worth nothing below one token's working set\n" +
@@ -226,9 +227,8 @@ function rateLines({ header }: Trace, judgement: Judgement): readonly string[] {
     ["pool", ...sizes.map((size) => `${bytesText(size)}${size === recordedBytes ? "*" : ""}`)],
     ["of all strides", ...sizes.map((size) => `${Math.round((100 * size) / allBytes)} %`)],
   ];
-  const right = sizes.map((_, i) => i + 1);
   const { steps, warmUpPasses, times } = judgement;
-  const hits = section(
+  const hits = wideSection(
     `Hits by bytes while decoding, over the last ${countText(steps)} steps (${countText(warmUpPasses)} passes before them warm the pool)`,
     [
       ...head,
@@ -237,7 +237,6 @@ function rateLines({ header }: Trace, judgement: Judgement): readonly string[] {
         ...cells.map((cell) => percentText(cell.hitRate)),
       ]),
     ],
-    right,
   );
   if (
     times.computeSeconds === null ||
@@ -247,33 +246,55 @@ function rateLines({ header }: Trace, judgement: Judgement): readonly string[] {
   }
   const disk =
     times.readBytesPerSecond === null ? "" : `, reads at ${bandwidthText(times.readBytesPerSecond)}`;
-  const speeds = section(
+  const speeds = wideSection(
     `Predicted tok/s: ${durationText(times.computeSeconds)} to compute${disk}, ${percentText(times.waitedShare)} of their time waited for`,
-    judgement.rows.map(({ candidate, cells }) => [
-      candidate.label,
-      ...cells.map((cell) => rateText(cell.tokensPerSecond ?? 0).replace(" tok/s", "")),
-    ]),
-    right,
+    [
+      head[0] ?? [],
+      ...judgement.rows.map(({ candidate, cells }) => [
+        candidate.label,
+        ...cells.map((cell) => rateText(cell.tokensPerSecond ?? 0).replace(" tok/s", "")),
+      ]),
+    ],
   );
   return [...hits, "  * as recorded", "", ...speeds];
 }
 
+/** A section whose columns go on below where they do not fit beside each other; the first one names the rows. */
+function wideSection(title: string, rows: readonly (readonly string[])[]): readonly string[] {
+  const widthOf = (column: number): number => Math.max(...rows.map((row) => (row[column] ?? "").length));
+  const columns = Math.max(1, (rows[0]?.length ?? 1) - 1);
+  const widest = Math.max(...Array.from({ length: columns }, (_, i) => widthOf(i + 1)));
+  const fitting = Math.max(1, Math.floor((pageWidth - 2 - widthOf(0)) / (widest + 2)));
+  const blocks = Array.from({ length: Math.ceil(columns / fitting) }, (_, i) =>
+    rows.map((row) => [row[0] ?? "", ...row.slice(1 + i * fitting, 1 + (i + 1) * fitting)]),
+  );
+  return blocks.flatMap((block, i) => {
+    const right = (block[0] ?? []).slice(1).map((_, at) => at + 1);
+    const [head = "", ...lines] = section(clip(title, pageWidth), block, right);
+    return i === 0 ? [head, ...lines] : ["", ...lines];
+  });
+}
+
 const curveWidth = 50;
 
-/** The best policy by size of pool, the optimum as a mark on the same line. */
+/** The best policy by size of pool; the optimum, and LRU with its cliff, as marks on the same line. */
 function curveLines({ rows, choice }: Judgement): readonly string[] {
   const best = rows.find((row) => row.candidate.label === choice?.policy);
   if (best === undefined) {
     return [];
   }
-  const optimum = rows.find((row) => row.candidate.name === "belady");
+  const marks = (["lru", "belady"] as const).flatMap((name) => {
+    const row = rows.find((one) => one.candidate.name === name && one !== best);
+    return row === undefined ? [] : [{ sign: name === "lru" ? "L" : "|", name, row }];
+  });
+  const legend = marks.map(({ sign, name }) => `${sign} is ${name === "lru" ? "LRU" : "the optimum"}`);
   return section(
-    `${best.candidate.label} by size of pool${optimum === undefined ? "" : " (| is the optimum)"}`,
+    `${best.candidate.label} by size of pool${legend.length === 0 ? "" : ` (${legend.join(", ")})`}`,
     best.cells.map((cell, i) => {
-      const most = optimum?.cells[i]?.hitRate;
       const drawn = [...bar(cell.hitRate, curveWidth)];
-      if (most !== undefined) {
-        drawn[Math.min(curveWidth - 1, Math.max(0, Math.round(most * curveWidth) - 1))] = "|";
+      for (const { sign, row } of marks) {
+        const rate = row.cells[i]?.hitRate ?? 0;
+        drawn[Math.min(curveWidth - 1, Math.max(0, Math.round(rate * curveWidth) - 1))] = sign;
       }
       return [bytesText(cell.poolBytes), drawn.join(""), percentText(cell.hitRate)];
     }),

@@ -18,7 +18,7 @@ import { layersOf, layersText, streamingText } from "../streaming";
 import { bytesText, countText, durationText } from "../text";
 import { traceHeader } from "../trace";
 import { interruptible, rememberAnswer, StreamingWatch, showAnswer, speedText, withAdvice } from "./answer";
-import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut } from "./command";
+import { command, limitArgs, limitsOf, numberFlag, repeatedFlag, warnOfCut, warnOfDraft } from "./command";
 import { measureOnce } from "./measuring";
 import { print, stderr, tell } from "./terminal";
 
@@ -184,6 +184,7 @@ async function prepareRun(flags: Flags, isChat: boolean): Promise<Prepared> {
   const { file, plan } = prepared;
   const { hasChatTemplate } = file.model;
   warnOfCut(limits, plan);
+  warnOfDraft(limits, plan);
   if (!hasChatTemplate && isChat) {
     throw new HypuraError(
       "unsupported-model",

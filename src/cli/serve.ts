@@ -4,7 +4,7 @@
 import { consola } from "consola";
 import { HypuraError } from "../errors";
 import { type Address, originRule, parseOllamaHost } from "../http-policy";
-import { Keeper, type Log } from "../keeper";
+import { Keeper, type KeeperOptions, type Log } from "../keeper";
 import { type LibraryModel, ollamaStorePath, openLibrary } from "../library";
 import { type Plan, totalBytes } from "../plan";
 import { PrefixStore } from "../prefix-store";
@@ -13,6 +13,7 @@ import { bytesText, countText, durationText, plural, rateText } from "../text";
 import { durationSeconds } from "../wire-body";
 import { bytesFlag, command, limitArgs, limitsOf, numberFlag, positionalsOf, warnOfCut } from "./command";
 import { measureOnce } from "./measuring";
+import { traceOption } from "./run";
 import { print, tell } from "./terminal";
 
 const args = {
@@ -65,6 +66,11 @@ const args = {
     description: "Keep what conversations begin with on disk, up to this size (off)",
     valueHint: "SIZE",
   },
+  trace: {
+    type: "string",
+    description: "Write down what is streamed, for `hypura replay` (the next load: FILE.2)",
+    valueHint: "FILE",
+  },
   json: { type: "boolean", description: "Print one JSON object on stdout once it listens" },
   verbose: { type: "boolean", description: "Say what was decided and why, and every request" },
 } as const;
@@ -97,7 +103,7 @@ export const serveCommand = command(
         measure: measureOnce,
         prefixes: prefixCache === undefined ? null : new PrefixStore({ budgetBytes: prefixCache, log }),
       });
-      const keeper = new Keeper<LibraryModel>({ ...settings, log });
+      const keeper = new Keeper<LibraryModel>({ ...settings, ...tracing(flags.trace, models, log), log });
       const server = serve({ ...settings, ...settings.address, models, keeper, log });
       await announce(server, models, settings, flags);
       await untilSignal(server);
@@ -109,23 +115,23 @@ export const serveCommand = command(
       "hypura serve model.gguf",
       "hypura serve model.gguf --port 11434 --keep-alive 30m     # where Ollama's clients look",
       "hypura serve big.gguf small.gguf --memory 16G             # two models, one at a time in memory",
-      "hypura serve models/ --parallel 4                         # a folder; four requests decode together",
       "hypura serve big.gguf --prefix-cache 20G                  # keeps what an agent always says",
+      "hypura serve models/ --parallel 4                         # a folder; four decode together",
       "hypura serve ollama:llama3.2:3b                           # what Ollama has pulled, read-only",
-      'curl http://127.0.0.1:8080/api/chat -d \'{"model":"NAME","messages":[{"role":"user","content":"Hi"}]}\'',
+      'curl http://127.0.0.1:8080/api/generate -d \'{"model":"NAME","prompt":"Hi","stream":false}\'',
     ],
     notes: [
-      "--prefix-cache writes the cache of each new system prompt with its tools to disk and takes it from there after\n" +
-        "a restart, instead of evaluating it again, which takes minutes where weights are streamed. What users and the\n" +
-        "model say is not written. For models of plain attention, and clients of /api/chat, /api/generate and\n" +
-        "/v1/chat/completions; what was used longest ago goes first.",
-      "A model is loaded by its first request. One is in memory at a time: a request for another waits until those\n" +
-        "that run are done, and then takes its place.\n" +
-        "Without --context a request may use 32,768, 24,576 or 16,384 tokens (less where the model was trained for\n" +
-        "less), the most that leaves all weights in memory; where they do not fit anyway, 16,384, or 32,768 if that\n" +
-        "takes less than an eighth of the memory.\n" +
-        "OLLAMA_HOST, OLLAMA_ORIGINS, OLLAMA_KEEP_ALIVE, OLLAMA_CONTEXT_LENGTH, OLLAMA_NUM_PARALLEL, OLLAMA_MAX_QUEUE\n" +
-        "and OLLAMA_MODELS mean what they mean to Ollama; flags win.\n" +
+      "--prefix-cache writes the cache of each new system prompt with its tools to disk and takes it from\n" +
+        "there after a restart, instead of evaluating it again, which takes minutes where weights are\n" +
+        "streamed. What users and the model say is not written. For models of plain attention, and clients\n" +
+        "of /api/chat, /api/generate and /v1/chat/completions; what was used longest ago goes first.\n" +
+        "A model is loaded by its first request. One is in memory at a time: a request for another waits\n" +
+        "until those that run are done, and then takes its place.\n" +
+        "Without --context a request may use 32,768, 24,576 or 16,384 tokens (less where the model was\n" +
+        "trained for less), the most that leaves all weights in memory; where they do not fit anyway,\n" +
+        "16,384, or 32,768 if that takes less than an eighth of the memory.\n" +
+        "OLLAMA_HOST, OLLAMA_ORIGINS, OLLAMA_KEEP_ALIVE, OLLAMA_CONTEXT_LENGTH, OLLAMA_NUM_PARALLEL,\n" +
+        "OLLAMA_MAX_QUEUE and OLLAMA_MODELS mean what they mean to Ollama; flags win.\n" +
         "Only this machine is served unless --host says otherwise: there is no password.\n" +
         "Ctrl-C ends it: running answers get two seconds, a second Ctrl-C ends at once.",
     ],
@@ -238,6 +244,33 @@ function originsOf(flag: string | undefined, environment: Environment): readonly
     );
   }
   return patterns;
+}
+
+/** A trace for each load of a model that streams; refused now where none does. */
+function tracing(
+  path: string | undefined,
+  models: readonly LibraryModel[],
+  log: Log,
+): Pick<KeeperOptions, "traceFor"> {
+  const [first] = models;
+  if (path === undefined || first === undefined) {
+    return {};
+  }
+  const streams = models.find(({ firstPlan }) => firstPlan.streaming !== null) ?? first;
+  traceOption(streams.firstPlan, path);
+  let count = 0;
+  return {
+    traceFor(plan) {
+      if (plan.streaming === null) {
+        log("warn", `${plan.model.name} is all in memory now: this load has nothing to trace`);
+        return undefined;
+      }
+      count++;
+      const { trace } = traceOption(plan, count === 1 ? path : `${path}.${count}`);
+      log("info", `the trace of this load goes to ${trace?.path}, once it is unloaded`);
+      return trace;
+    },
+  };
 }
 
 // ---- what it says -----------------------------------------------------------------------------------------------

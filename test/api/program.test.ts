@@ -229,3 +229,33 @@ describe("ending", () => {
     );
   });
 });
+
+describe("--trace", () => {
+  test("a trace of each load, whole also when Ctrl-C ends an answer, and exact", async () => {
+    const path = join(folder, "served.trace");
+    const words = ["--mode", "stream", "--context", "512", "--keep-alive", "0", "--trace", path];
+    const server = await startProgram([files.experts, ...words]);
+    const chat = `${server.facts.endpoint}/api/chat`;
+    await allLines(await post(chat, chatBody("experts", 12)));
+    await until(
+      () => existsSync(path),
+      () => "an unloaded model left no trace",
+      10,
+    );
+    const answer = linesOf(await post(chat, chatBody("experts", 400, { options: { num_predict: 400 } })));
+    await answer.next();
+    const stderr = endProgram(server, "SIGINT");
+    await answer.return(undefined).catch(() => {});
+    expect(await stderr).toContain(`${path}.2`);
+    for (const trace of [path, `${path}.2`]) {
+      const { status, stdout } = await hypura(["replay", trace, "--policy", "lru", "--json"]);
+      expect([status, JSON.parse(stdout).isExact]).toEqual([0, true]);
+    }
+    expect(existsSync(`${path}.2.part`)).toBe(false);
+  }, 30_000);
+
+  test("is refused where nothing streams", async () => {
+    const { status, stderr } = await hypura(["serve", files.endless, "--trace", join(folder, "none.trace")]);
+    expect([status, stderr.includes("the whole model is in memory")]).toEqual([2, true]);
+  });
+});

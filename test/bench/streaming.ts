@@ -4,11 +4,14 @@
 // hypura in a control group of 2 GB beside the same kernels with the whole model in memory, asked in turns, medians; and
 // stock behaviour (mapped file, dropped from the page cache first) in the same group, for as many tokens as patience has.
 
-import { availableParallelism } from "node:os";
+import { existsSync, readFileSync, rmSync } from "node:fs";
+import { availableParallelism, tmpdir } from "node:os";
+import { join } from "node:path";
 import { planOf } from "../../src/api";
 import { openModelFile } from "../../src/modelfile";
 import type { Plan, SlotClass } from "../../src/plan";
 import { bandwidthText, bytesText, durationText } from "../../src/text";
+import { headerLength, parseHeader, traceEvents, traceStartBytes } from "../../src/trace";
 import { median } from "./measure";
 import { canLimit, type Figures, openSubject, type Subject } from "./subject";
 
@@ -107,6 +110,86 @@ function streamedBytes(plan: Plan): number {
   return plan.tensors.reduce((sum, { tier, sizeBytes }) => sum + (tier === "nvme" ? sizeBytes : 0), 0);
 }
 
+/** Decoding under the limit, beside the same kernels with everything in memory. */
+async function inGroup(resident: Subject, plan: Plan): Promise<void> {
+  // In memory where that can be, so that the bytes written to disk are not its own.
+  const folder = existsSync("/dev/shm") ? "/dev/shm" : tmpdir();
+  const tracePath = join(folder, `hypura-bench-${process.pid}.trace`);
+  const pairs = await askInGroup(resident, plan, tracePath);
+  say("decode in the group, and in memory without a limit", decodeRatio(pairs));
+  const decode = pairs.map(({ one }) => one.decode).filter((one) => one !== null);
+  const asked = decode.map((one) => one.hits / (one.hits + one.lateHits + one.misses));
+  say("hits", `${(100 * median(asked)).toFixed(1)} %`);
+  say("read a token", bytesText(median(decode.map((one) => one.readBytes / 99))));
+  const readNs = median(decode.map((one) => one.readingNs / 99));
+  say(
+    "reading",
+    `${(readNs / 1e6).toFixed(1)} ms a token, of which ops waited ${(median(decode.map((one) => one.stallNs / 99)) / 1e6).toFixed(1)} ms`,
+  );
+  const bandwidth = median(decode.map((one) => one.readBytes / (one.readingNs / 1e9)));
+  const residentSeconds = median(pairs.map(({ other }) => 1 / other.decodeTokensPerSecond));
+  const bound = layerBound(tracePath, plan, residentSeconds, bandwidth);
+  const ratios = pairs.map(({ one }) => bound * one.decodeTokensPerSecond);
+  say(
+    "of the sum over layers of serial part + max(expert compute, missed bytes at the bandwidth while reading)",
+    `${(bound * 1000).toFixed(1)} ms at ${bandwidthText(bandwidth)}, ratio ${ratioText(ratios)}`,
+  );
+  rmSync(tracePath);
+}
+
+async function askInGroup(resident: Subject, plan: Plan, tracePath: string): Promise<readonly Pair[]> {
+  await using streamed = await openSubject("streamed", plan, groupBytes, { tracePath });
+  await streamed.ask({ promptTokens: 16, tokens: 150, seed: 99 }); // the pool knows the router
+  const pairs = await inTurns(streamed, resident, 16, 100);
+  tellProcess(streamed, plan, pairs.at(-1)?.one as Figures);
+  return pairs;
+}
+
+/**
+ * Seconds a token that no order of reads could beat without knowing the router's choice in advance: for each pass of one
+ * token the layers' misses are in the trace; a layer takes its experts' compute or its reads, whichever is longer, and the
+ * rest of the resident time is serial. The experts' share of the resident time is their share of the touched bytes.
+ */
+function layerBound(tracePath: string, plan: Plan, residentSeconds: number, bandwidth: number): number {
+  const bytes = readFileSync(tracePath);
+  const header = parseHeader(
+    tracePath,
+    bytes.subarray(traceStartBytes, traceStartBytes + headerLength(tracePath, bytes)),
+  );
+  const layerOfStride: string[] = [];
+  const bytesOfStride: number[] = [];
+  for (const { name, strideCount, classIndex } of header.tensors) {
+    const layer = /^blk\.(\d+)\./.exec(name)?.[1] ?? name;
+    for (let i = 0; i < strideCount; i++) {
+      layerOfStride.push(layer);
+      bytesOfStride.push(header.classes[classIndex]?.strideBytes ?? 0);
+    }
+  }
+  const layers = new Set(layerOfStride).size;
+  const streamedTouched = plan.streaming?.touchedBytesPerToken ?? 0;
+  const share = streamedTouched / plan.estimate.tokenBytes.touched;
+  const compute = (residentSeconds * share) / layers;
+  const passes: number[] = [];
+  let missed: Map<string, number> | null = null;
+  const close = (): void => {
+    if (missed === null) return;
+    const experts = [...missed.values()].reduce((sum, one) => sum + Math.max(compute, one / bandwidth), 0);
+    passes.push(residentSeconds * (1 - share) + experts + (layers - missed.size) * compute);
+  };
+  for (const event of traceEvents(bytes.subarray(traceStartBytes + headerLength(tracePath, bytes)))) {
+    if (event.kind === "pass") {
+      close();
+      missed = event.tokens === 1 ? new Map() : null;
+    } else if (event.kind === "complete" && missed !== null) {
+      const layer = layerOfStride[event.stride] ?? "";
+      missed.set(layer, (missed.get(layer) ?? 0) + (bytesOfStride[event.stride] ?? 0));
+    }
+  }
+  close();
+  const warm = passes.slice(149); // the first question filled the pool
+  return warm.reduce((sum, one) => sum + one, 0) / warm.length;
+}
+
 async function moe(): Promise<void> {
   const residentPlan: Plan = { ...planWith("resident", null), repack: false, loadMode: "read" };
   const plan = planWith("stream", budgetBytes);
@@ -114,21 +197,7 @@ async function moe(): Promise<void> {
   {
     await using resident = await openSubject("resident", residentPlan, null);
     if (only === undefined || only === "group") {
-      await using streamed = await openSubject("streamed", plan, groupBytes);
-      await streamed.ask({ promptTokens: 16, tokens: 150, seed: 99 }); // the pool knows the router
-      const pairs = await inTurns(streamed, resident, 16, 100);
-      say("decode in the group, and in memory without a limit", decodeRatio(pairs));
-      const decode = pairs.map(({ one }) => one.decode).filter((one) => one !== null);
-      const asked = decode.map((one) => one.hits / (one.hits + one.lateHits + one.misses));
-      say("hits", `${(100 * median(asked)).toFixed(1)} %`);
-      say("read a token", bytesText(median(decode.map((one) => one.readBytes / 99))));
-      // What overlap cannot hide: the resident time of a token, or the time of its reads where that is longer.
-      const bounds = pairs.map(({ one, other }) => {
-        const read = one.decode === null ? 0 : one.decode.readingNs / 1e9 / 99;
-        return Math.max(1 / other.decodeTokensPerSecond, read) * one.decodeTokensPerSecond;
-      });
-      say("of max(resident compute, reads) as one sum", ratioText(bounds));
-      tellProcess(streamed, plan, pairs.at(-1)?.one as Figures);
+      await inGroup(resident, plan);
     }
     if (only === undefined || only === "all") {
       const all = planWith("stream", null);

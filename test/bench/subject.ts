@@ -7,6 +7,7 @@ import { createInterface } from "node:readline";
 import { type Engine, openEngine } from "../../src/engine";
 import type { Plan } from "../../src/plan";
 import { countersSince, type StreamingCounters } from "../../src/streaming";
+import { traceHeader } from "../../src/trace";
 
 export interface Question {
   readonly promptTokens: number;
@@ -25,10 +26,10 @@ export interface Figures {
   readonly writtenBytes: number;
 }
 
-export interface Subject extends AsyncDisposable {
+export interface Subject<Asked = Question, Told = Figures> extends AsyncDisposable {
   readonly name: string;
   readonly openSeconds: number;
-  ask(question: Question): Promise<Figures>;
+  ask(question: Asked): Promise<Told>;
   /** Times that the group's limit was hit, and the most it held; null outside a group. */
   groupFigures(): { readonly limitHits: number; readonly peakBytes: number } | null;
 }
@@ -45,8 +46,20 @@ export function canLimit(): boolean {
   }
 }
 
+export interface SubjectOptions {
+  /** The module that is run as the process; this one by default. */
+  readonly program?: string;
+  /** Where a routing trace goes. */
+  readonly tracePath?: string;
+}
+
 /** Opens `plan` in a process of its own, under a memory limit where one is given. */
-export async function openSubject(name: string, plan: Plan, limitBytes: number | null): Promise<Subject> {
+export async function openSubject<Asked = Question, Told = Figures>(
+  name: string,
+  plan: Plan,
+  limitBytes: number | null,
+  { program = import.meta.path, tracePath }: SubjectOptions = {},
+): Promise<Subject<Asked, Told>> {
   const folder = `${group}/${process.pid}-${name.replace(/\W+/g, "-")}`;
   if (limitBytes !== null) {
     mkdirSync(folder);
@@ -55,14 +68,12 @@ export async function openSubject(name: string, plan: Plan, limitBytes: number |
   const planPath = `/tmp/hypura-bench-${process.pid}-${name.replace(/\W+/g, "-")}.json`;
   writeFileSync(planPath, JSON.stringify(plan));
   const enter = limitBytes === null ? "" : `echo $$ > ${folder}/cgroup.procs && `;
-  const child = Bun.spawn(
-    ["sh", "-c", `${enter}exec "$0" "$@"`, process.execPath, import.meta.path, planPath],
-    {
-      stdin: "pipe",
-      stdout: "pipe",
-      stderr: "inherit",
-    },
-  );
+  const words = [process.execPath, program, planPath, ...(tracePath === undefined ? [] : [tracePath])];
+  const child = Bun.spawn(["sh", "-c", `${enter}exec "$0" "$@"`, ...words], {
+    stdin: "pipe",
+    stdout: "pipe",
+    stderr: "inherit",
+  });
   const lines = linesOf(child.stdout);
   const next = async <Value>(): Promise<Value> => {
     const { value, done } = await lines.next();
@@ -78,7 +89,7 @@ export async function openSubject(name: string, plan: Plan, limitBytes: number |
     openSeconds,
     async ask(question) {
       child.stdin.write(`${JSON.stringify(question)}\n`);
-      return next<Figures>();
+      return next<Told>();
     },
     groupFigures: () =>
       limitBytes === null
@@ -94,7 +105,7 @@ export async function openSubject(name: string, plan: Plan, limitBytes: number |
   };
 }
 
-async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerator<string> {
+export async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerator<string> {
   const decoder = new TextDecoder();
   let rest = "";
   for await (const bytes of stream) {
@@ -138,9 +149,14 @@ async function answer(engine: Engine, { promptTokens, tokens, seed }: Question):
 }
 
 if (import.meta.main) {
-  const plan = JSON.parse(readFileSync(process.argv[2] as string, "utf8")) as Plan;
+  const [, , planPath = "", tracePath] = process.argv;
+  const plan = JSON.parse(readFileSync(planPath, "utf8")) as Plan;
   const started = performance.now();
-  const engine = await openEngine(plan);
+  const trace =
+    tracePath === undefined || plan.streaming === null
+      ? {}
+      : { trace: { path: tracePath, header: JSON.stringify(traceHeader(plan, plan.streaming)) } };
+  const engine = await openEngine(plan, trace);
   console.log(JSON.stringify({ openSeconds: (performance.now() - started) / 1000 }));
   for await (const line of createInterface({ input: process.stdin })) {
     console.log(JSON.stringify(await answer(engine, JSON.parse(line) as Question)));

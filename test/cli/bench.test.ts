@@ -106,7 +106,7 @@ describe("bench", () => {
   test("records that are damaged are counted, not trusted", async () => {
     writeFileSync(join(home, "bench", "0-broken.json"), '{"version":1}');
     const { status, stdout, stderr } = await hypura(["bench", "--history"], { env });
-    expect([status, stderr.includes("1 records are damaged")]).toEqual([0, true]);
+    expect([status, stderr.includes("1 record is damaged")]).toEqual([0, true]);
     expect(stdout).toContain("Kept benchmarks");
     rmSync(join(home, "bench", "0-broken.json"));
   });
@@ -260,6 +260,12 @@ describe("traces", () => {
       "lru",
     ]);
     expect(rows[0].cells.length).toBe(3); // and the recorded size
+    const sizes = Array.from({ length: 11 }, (_, i) => `${20 + 5 * i}%`).join(",");
+    const wide = await hypura(["replay", path, "--policy", "lfu-decay:100000:4096,lru", "--pool", sizes]);
+    expect(widest(wide.stdout)).toBeLessThanOrEqual(100);
+    for (const size of sizes.split(",")) {
+      expect(wide.stdout).toContain(` ${size.replace("%", " %")}`); // none is left out
+    }
   }, 60_000);
 
   test("a disk that is full ends the trace and not the answer", async () => {

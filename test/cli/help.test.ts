@@ -18,7 +18,17 @@ describe("help", () => {
   });
 
   test("of a command is the same by every road, fits 100 columns, and is not coloured in a pipe", async () => {
-    for (const name of ["run", "inspect", "profile", "iobench", "version"]) {
+    for (const name of [
+      "run",
+      "serve",
+      "inspect",
+      "estimate",
+      "bench",
+      "replay",
+      "profile",
+      "iobench",
+      "version",
+    ]) {
       const roads = [
         ["help", name],
         [name, "--help"],

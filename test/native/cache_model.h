@@ -30,6 +30,7 @@ struct CacheModel {
     uint32_t current_order = 0;
     uint64_t clock = 0;
     uint64_t pass = 0;
+    double pass_share = 1;
 
     bool holds(const ModelStride& s) const {
         return s.state == hypura::StrideState::kReading || s.state == hypura::StrideState::kReady;
@@ -113,6 +114,7 @@ public:
         hypura::CachePolicy policy;
         policy.kind = static_cast<hypura::PolicyKind>(bytes_() % 4);
         policy.half_life_tokens = bytes_() % 4 == 0 ? 0 : 4;
+        policy.most_pass_tokens = bytes_() % 3 * 4;
         policy.stale_after_passes = bytes_() % 4;
         uint32_t slots = 1 + bytes_() % 16;
         uint32_t count = 1 + bytes_() % 40;
@@ -254,7 +256,7 @@ private:
         ModelStride& s = model_.strides[stride];
         uint32_t tokens = bytes_() % 8;
         cache_.touch(stride, tokens);
-        s.score += tokens;
+        s.score += tokens * model_.pass_share;
         s.used_at = ++model_.clock;
         s.used_pass = model_.pass;
         model_.current_order = s.order;
@@ -275,8 +277,12 @@ private:
         // Whole half-lives: powers of two, so that decaying each score and growing the weight round alike. Few enough
         // that no score vanishes here while it lives there.
         uint32_t half_lives = bytes_() % 4;
-        cache_.begin_pass(half_lives * 4);
+        uint32_t tokens = half_lives * 4;
+        uint32_t most = model_.policy.most_pass_tokens;
+        cache_.begin_pass(tokens);
         model_.pass++;
+        model_.pass_share = most > 0 && tokens > most ? static_cast<double>(most) / tokens : 1;
+        half_lives = most > 0 && tokens > most ? most / 4 : half_lives;
         if (model_.policy.kind == hypura::PolicyKind::kLfuDecay && model_.policy.half_life_tokens > 0) {
             for (ModelStride& each : model_.strides) {
                 each.score = std::ldexp(each.score, -static_cast<int>(half_lives));

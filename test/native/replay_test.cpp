@@ -267,6 +267,7 @@ void model_and_optimum() {
         spec.op_slots = 1;
         spec.policy.kind = static_cast<PolicyKind>(random.below(4));
         spec.policy.half_life_tokens = random.below(40);
+        spec.policy.most_pass_tokens = random.below(3);
         spec.policy.stale_after_passes = random.below(3);
         spec.policy.pinned_slots = spec.policy.kind == PolicyKind::kPinnedCyclic ? spec.slot_count - 4 : 0;
         rig.add_class(stride_count, spec);

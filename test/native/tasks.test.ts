@@ -37,8 +37,8 @@ test("devices: the processor is one, and no streaming device", async () => {
   expect(devices.map((one) => one["name"])).not.toContain("Streamed");
 });
 
-test("copy: at least one pass", async () => {
-  const [chunk] = await answers("copy", { threads: 2, bufferBytes: 8_388_608, durationNs: 0 });
+test.each(["copy", "scan"])("%s: at least one pass", async (name) => {
+  const [chunk] = await answers(name, { threads: 2, bufferBytes: 8_388_608, durationNs: 0 });
   expect(chunk?.data).toEqual({ bytes: 8_388_608, ns: expect.any(Number) });
 });
 

@@ -79,6 +79,7 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   ["src/plan-history", []],
   ["src/plan-json", []],
   ["src/plan-resident", []],
+  ["src/plan-speculation", []],
   ["src/plan-stream", []],
   ["src/plan-task", []],
   // A simplex is a pure function too.

@@ -5,8 +5,10 @@ import { describe, expect, test } from "bun:test";
 import {
   baselineDanger,
   boundOf,
+  type Ceilings,
   disagreement,
   figuresOf,
+  type MeasuredPlan,
   medianOf,
   orderOfRuns,
   outcomeOf,
@@ -20,12 +22,20 @@ import {
   recordVersion,
   spreadOf,
 } from "../../src/bench";
-import type { Plan } from "../../src/plan";
 import type { StreamingCounters } from "../../src/streaming";
 
-const streamingPlan = { streaming: { reader: { direct: true } } } as unknown as Pick<Plan, "streaming">;
-const residentPlan = { streaming: null } as Pick<Plan, "streaming">;
-const unseen = { groupPeakBytes: null, deviceBusySeconds: null };
+/** A token of it touches 400 MB of memory. */
+const residentPlan = {
+  streaming: null,
+  speculation: null,
+  estimate: { tokenBytes: { touched: 4e8, gpu: 0 } },
+} as MeasuredPlan;
+const streamingPlan = { ...residentPlan, streaming: { reader: { direct: true } } } as MeasuredPlan;
+
+function volume(volumeBytesPerSecond: number | null): Ceilings {
+  return { volumeBytesPerSecond, memory: null };
+}
+const unseen = { groupPeakBytes: null, deviceBusySeconds: null, processors: null };
 
 /** 100 tokens of 0.1 s; 50 MB read for each, under way for `readingShare` of the time. */
 function report(changes: Partial<RunReport> = {}, counters: Partial<StreamingCounters> = {}): RunReport {
@@ -50,6 +60,7 @@ function report(changes: Partial<RunReport> = {}, counters: Partial<StreamingCou
     } as StreamingCounters,
     storageBytes: { load: 1e9, prompt: 2e9, decode: 5e9 },
     majorFaults: 0,
+    processorSeconds: 16,
     peakBytes: 1.8e9,
     ...changes,
   };
@@ -72,7 +83,7 @@ describe("figures", () => {
   });
 
   test("of a run", () => {
-    const figures = figuresOf(report(), { groupPeakBytes: 2e9, deviceBusySeconds: 9 });
+    const figures = figuresOf(report(), { ...unseen, groupPeakBytes: 2e9, deviceBusySeconds: 9 });
     expect(figures.decodeTokensPerSecond.median).toBeCloseTo(10);
     expect(figures.promptTokensPerSecond).toBeCloseTo(40);
     expect(figures.distinctShare).toBeCloseTo(0.6);
@@ -84,45 +95,57 @@ describe("figures", () => {
   });
 
   test("of a resident run: the device's clock, if the run was long enough", () => {
-    const seen = { groupPeakBytes: null, deviceBusySeconds: 5 };
+    const seen = { ...unseen, deviceBusySeconds: 5 };
     expect(figuresOf(report({ streaming: null }), seen).diskBusyShare).toBeCloseTo(0.5);
     expect(figuresOf(report({ streaming: null, tokenSeconds: [0.1, 0.1] }), seen).diskBusyShare).toBeNull();
   });
+});
+
+test("what other programs had of the processors", () => {
+  const share = (busySeconds: number): number | null =>
+    figuresOf(report(), { ...unseen, processors: { busySeconds, count: 4 } }).othersShare;
+  expect(share(20)).toBeCloseTo(0.1); // 4 s of 10 s on 4 processors
+  expect(share(15.9)).toBe(0); // the kernel's clock is coarse
+  expect(figuresOf(report(), unseen).othersShare).toBeNull();
 });
 
 describe("the bound", () => {
   const of = (one: RunReport): RunFigures => figuresOf(one, unseen);
 
   test("is the storage's bandwidth by what came from it", () => {
-    const bound = boundOf(of(report()), 2e9);
+    const bound = boundOf(of(report()), volume(2e9), streamingPlan);
     expect(bound).toMatchObject({ kind: "disk", bytesPerToken: 5e7, bytesPerSecond: 2e9 });
     expect(bound.kind === "disk" && bound.tokensPerSecond).toBeCloseTo(40);
     expect(bound.kind === "disk" && bound.share).toBeCloseTo(0.25);
   });
 
   test("takes the run's own bandwidth where it was a little better, and no further", () => {
-    const faster = boundOf(of(report({}, { readingNs: 5e9 / 2.2 })), 2e9);
+    const faster = boundOf(of(report({}, { readingNs: 5e9 / 2.2 })), volume(2e9), streamingPlan);
     expect(faster.kind === "disk" && faster.bytesPerSecond).toBeCloseTo(2.2e9, -3);
-    const impossible = boundOf(of(report({}, { readingNs: 5e8 })), 2e9);
+    const impossible = boundOf(of(report({}, { readingNs: 5e8 })), volume(2e9), streamingPlan);
     expect(impossible.kind === "disk" && impossible.bytesPerSecond).toBe(2.5e9);
   });
 
   test("is none where storage gave nothing, or is not known", () => {
     const nothing = report({ streaming: null, storageBytes: { load: 1e9, prompt: 0, decode: 4096 } });
-    expect(boundOf(of(nothing), 2e9)).toMatchObject({
+    expect(boundOf(of(nothing), volume(2e9), streamingPlan)).toMatchObject({
       kind: "none",
       reason: expect.stringMatching(/memory/),
     });
-    expect(boundOf(of(report({ streaming: null, storageBytes: null })), 2e9).kind).toBe("none");
+    expect(
+      boundOf(of(report({ streaming: null, storageBytes: null })), volume(2e9), streamingPlan).kind,
+    ).toBe("none");
     const faults = report({ streaming: null });
-    expect(boundOf(of(faults), null)).toMatchObject({ kind: "none", reason: "the volume was not measured" });
-    expect(boundOf(of(faults), 2e9).kind).toBe("disk");
+    expect(boundOf(of(faults), volume(null), streamingPlan)).toMatchObject({
+      kind: "none",
+      reason: "the volume was not measured",
+    });
+    expect(boundOf(of(faults), volume(2e9), streamingPlan).kind).toBe("disk");
   });
 
   test("what keeps to it is not refused", () => {
-    const bound = boundOf(of(report()), 2e9);
-    expect(disagreement(of(report()), bound, streamingPlan)).toBeNull();
-    expect(outcomeOf(report(), unseen, { plan: streamingPlan, volumeBytesPerSecond: 2e9 }).status).toBe(
+    expect(disagreement(of(report()), volume(2e9), streamingPlan)).toBeNull();
+    expect(outcomeOf(report(), unseen, { plan: streamingPlan, ceilings: volume(2e9) }).status).toBe(
       "finished",
     );
   });
@@ -130,7 +153,7 @@ describe("the bound", () => {
   test("reads that are faster than the volume are refused, with both numbers", () => {
     const outcome = outcomeOf(report({}, { readingNs: 5e8 }), unseen, {
       plan: streamingPlan,
-      volumeBytesPerSecond: 2e9,
+      ceilings: volume(2e9),
     });
     expect(outcome.status).toBe("refused");
     expect(outcome.status === "refused" && outcome.reason).toMatch(
@@ -140,7 +163,7 @@ describe("the bound", () => {
 
   test("decoding that beats the bytes it needed is refused, with both numbers", () => {
     const quick = report({ streaming: null, tokenSeconds: Array.from({ length: 100 }, () => 0.01) });
-    const outcome = outcomeOf(quick, unseen, { plan: residentPlan, volumeBytesPerSecond: 2e9 });
+    const outcome = outcomeOf(quick, unseen, { plan: residentPlan, ceilings: volume(2e9) });
     expect(outcome.status).toBe("refused");
     expect(outcome.status === "refused" && outcome.reason).toMatch(
       /decoding ran at 100 tok\/s, and 50\.0 MB a token.*50\.0 tok\/s at most/,
@@ -149,15 +172,57 @@ describe("the bound", () => {
 
   test("bytes that the kernel did not fetch are refused, with both numbers", () => {
     const cached = report({ storageBytes: { load: 0, prompt: 0, decode: 1e9 } });
-    const outcome = outcomeOf(cached, unseen, { plan: streamingPlan, volumeBytesPerSecond: 2e9 });
+    const outcome = outcomeOf(cached, unseen, { plan: streamingPlan, ceilings: volume(2e9) });
     expect(outcome.status === "refused" && outcome.reason).toMatch(/brought 5\.00 GB.*fetched 1\.00 GB/);
-    const buffered = { streaming: { reader: { direct: false } } } as unknown as Pick<Plan, "streaming">;
-    expect(outcomeOf(cached, unseen, { plan: buffered, volumeBytesPerSecond: 2e9 }).status).toBe("finished");
+    const buffered = { ...residentPlan, streaming: { reader: { direct: false } } } as MeasuredPlan;
+    expect(outcomeOf(cached, unseen, { plan: buffered, ceilings: volume(2e9) }).status).toBe("finished");
+  });
+
+  describe("of memory", () => {
+    const memory = { bytesPerSecond: 10e9, cacheBytes: 1e8 };
+    const resident = report({ streaming: null, storageBytes: { load: 1e9, prompt: 0, decode: 0 } });
+
+    test("is what a token touches, less the caches, at the speed of memory", () => {
+      const bound = boundOf(of(resident), { volumeBytesPerSecond: 2e9, memory }, residentPlan);
+      expect(bound).toMatchObject({ kind: "memory", bytesPerToken: 3e8, bytesPerSecond: 10e9 });
+      expect(bound.kind === "memory" && bound.tokensPerSecond).toBeCloseTo(33.3, 1);
+    });
+
+    test("counts where it is the tighter one, and the disk's where that is", () => {
+      const both = (bytesPerSecond: number): string =>
+        boundOf(
+          of(report()),
+          { volumeBytesPerSecond: 2e9, memory: { ...memory, bytesPerSecond } },
+          streamingPlan,
+        ).kind;
+      expect([both(10e9), both(20e9)]).toEqual(["memory", "disk"]); // 33 and 67 beside the disk's 40
+    });
+
+    test("is none where caches hold all, a GPU does, or one pass serves several tokens", () => {
+      const kind = (cacheBytes: number, plan: object = {}): string =>
+        boundOf(of(resident), { volumeBytesPerSecond: null, memory: { ...memory, cacheBytes } }, {
+          ...residentPlan,
+          ...plan,
+        } as MeasuredPlan).kind;
+      expect(kind(1e8)).toBe("memory");
+      expect(kind(4e8)).toBe("none");
+      expect(kind(1e8, { estimate: { tokenBytes: { touched: 4e8, gpu: 4e8 } } })).toBe("none");
+      expect(kind(1e8, { speculation: { maxTokens: 4 } })).toBe("none");
+    });
+
+    test("refuses decoding that memory could not have fed, with both numbers", () => {
+      const quick = { ...resident, tokenSeconds: Array.from({ length: 100 }, () => 0.01) };
+      const ceilings = { volumeBytesPerSecond: 2e9, memory };
+      const outcome = outcomeOf(quick, unseen, { plan: residentPlan, ceilings });
+      expect(outcome.status === "refused" && outcome.reason).toMatch(
+        /decoding ran at 100 tok\/s, and 300 MB a token at 12\.5 GB\/s of memory allow 41\.7 tok\/s at most/,
+      );
+    });
   });
 
   test("a run without a second token has no speed", () => {
     const one = report({ tokenSeconds: [] });
-    expect(outcomeOf(one, unseen, { plan: residentPlan, volumeBytesPerSecond: null }).status).toBe("failed");
+    expect(outcomeOf(one, unseen, { plan: residentPlan, ceilings: volume(null) }).status).toBe("failed");
   });
 });
 
@@ -201,7 +266,7 @@ describe("many runs", () => {
       outcome: outcomeOf(
         report({ streaming: null, storageBytes: null, tokenSeconds: [seconds, seconds] }),
         unseen,
-        { plan: residentPlan, volumeBytesPerSecond: null },
+        { plan: residentPlan, ceilings: volume(null) },
       ),
     }) as unknown as RunRecord;
 

@@ -34,6 +34,15 @@ const run: MeasuredRun = {
   hitRate: 0.87,
 };
 
+test("runs with guesses come back, runs of before guesses were kept stay, damaged guesses go", () => {
+  const guesses = { maxTokens: 7, draftKey: null, passes: 30, drafted: 90, accepted: 34 };
+  keepRun(run);
+  keepRun({ ...run, guesses });
+  keepRun({ ...run, guesses: { ...guesses, draftKey: "a draft" } });
+  keepRun({ ...run, guesses: { ...guesses, passes: -1 } });
+  expect(readHistory().map((one) => one.guesses?.draftKey)).toEqual([undefined, null, "a draft"]);
+});
+
 test("nothing is kept at first, and then what was kept", () => {
   expect(readHistory()).toEqual([]);
   keepRun(run);

@@ -1,0 +1,143 @@
+// A model in a process of its own, asked for greedy texts one at a time: what the benchmark of guesses compares. Run by
+// openSubject (subject.ts): a plan as its argument, questions on stdin, one line of figures each on stdout.
+
+import { readFileSync } from "node:fs";
+import { createInterface } from "node:readline";
+import { type Engine, openEngine } from "../../src/engine";
+import type { Plan } from "../../src/plan";
+import { countersSince, type StreamingCounters } from "../../src/streaming";
+
+export interface Asked {
+  /** A question in the model's own template, or text, or tokens. */
+  readonly chat?: string;
+  readonly text?: string;
+  readonly ids?: readonly number[];
+  readonly tokens: number;
+  readonly grammar?: string;
+  /** Weights of pieces of text that are one token each. */
+  readonly bias?: readonly (readonly [string, number])[];
+  /** Asks how sure the model was of each token, which takes time. */
+  readonly margins?: boolean;
+}
+
+export interface Figures {
+  readonly text: string;
+  readonly ids: readonly number[];
+  /** As of Told in test/engine/speculation.ts. */
+  readonly margins: readonly number[];
+  readonly promptSeconds: number;
+  readonly tokens: number;
+  /** From the first token to the last. */
+  readonly seconds: number;
+  readonly drafted: number;
+  readonly accepted: number;
+  /** From the first token on; null where everything is resident. */
+  readonly decode: StreamingCounters | null;
+  /** Bytes that the kernel fetched from storage for this process meanwhile. */
+  readonly storageBytes: number | null;
+}
+
+interface Chunk {
+  readonly content: string;
+  readonly tokens?: readonly number[];
+  readonly timings?: {
+    readonly prompt_ms: number;
+    readonly predicted_n: number;
+    readonly predicted_ms: number;
+    readonly draft_n?: number;
+    readonly draft_n_accepted?: number;
+  };
+  readonly completion_probabilities?: readonly {
+    readonly top_logprobs: readonly { readonly logprob: number }[];
+  }[];
+}
+
+async function only<Answer>(engine: Engine, route: string, body: object): Promise<Answer> {
+  for await (const { data } of engine.request(route, body)) return data as Answer;
+  throw new Error(`${route} answered nothing`);
+}
+
+async function promptOf(engine: Engine, { chat, text, ids }: Asked): Promise<string | readonly number[]> {
+  if (chat === undefined) return ids ?? text ?? "";
+  const messages = [{ role: "user", content: chat }];
+  return (await only<{ readonly prompt: string }>(engine, "POST /apply-template", { messages })).prompt;
+}
+
+async function biasOf(engine: Engine, { bias = [] }: Asked): Promise<readonly (readonly [number, number])[]> {
+  return Promise.all(
+    bias.map(async ([content, weight]) => {
+      const { tokens } = await only<{ readonly tokens: readonly number[] }>(engine, "POST /tokenize", {
+        content,
+        add_special: false,
+      });
+      if (tokens.length !== 1)
+        throw new Error(`${JSON.stringify(content)} is ${tokens.length} tokens, not one`);
+      return [tokens[0] as number, weight] as const;
+    }),
+  );
+}
+
+function storageRead(): number | null {
+  try {
+    return Number(/^read_bytes: (\d+)$/m.exec(readFileSync("/proc/self/io", "utf8"))?.[1] ?? Number.NaN);
+  } catch {
+    return null; // not on this system
+  }
+}
+
+async function answer(engine: Engine, asked: Asked): Promise<Figures> {
+  const body = {
+    prompt: await promptOf(engine, asked),
+    n_predict: asked.tokens,
+    temperature: 0,
+    cache_prompt: false,
+    stream: true,
+    return_tokens: true,
+    timings_per_token: true,
+    ...(asked.grammar === undefined ? {} : { grammar: asked.grammar }),
+    ...(asked.bias === undefined ? {} : { logit_bias: await biasOf(engine, asked) }),
+    ...(asked.margins === true ? { n_probs: 2 } : {}),
+  };
+  let text = "";
+  const ids: number[] = [];
+  const margins: number[] = [];
+  let timings: Chunk["timings"];
+  let first: { counters: StreamingCounters | null; storage: number | null } | undefined;
+  for await (const { data } of engine.request("POST /completion", body)) {
+    first ??= { counters: await engine.streaming(), storage: storageRead() };
+    const chunk = data as Chunk;
+    text += chunk.content;
+    ids.push(...(chunk.tokens ?? []));
+    timings = chunk.timings ?? timings;
+    for (const { top_logprobs: tops } of chunk.completion_probabilities ?? []) {
+      margins.push((tops[0]?.logprob ?? 0) - (tops[1]?.logprob ?? -1e9));
+    }
+  }
+  const after = await engine.streaming();
+  const storage = storageRead();
+  const before = first?.counters ?? null;
+  return {
+    text,
+    ids,
+    margins,
+    promptSeconds: (timings?.prompt_ms ?? 0) / 1000,
+    tokens: timings?.predicted_n ?? 0,
+    seconds: (timings?.predicted_ms ?? 0) / 1000,
+    drafted: timings?.draft_n ?? 0,
+    accepted: timings?.draft_n_accepted ?? 0,
+    decode: before === null || after === null ? null : countersSince(before, after),
+    storageBytes:
+      storage === null || (first?.storage ?? null) === null ? null : storage - (first?.storage ?? 0),
+  };
+}
+
+if (import.meta.main) {
+  const plan = JSON.parse(readFileSync(process.argv[2] as string, "utf8")) as Plan;
+  const started = performance.now();
+  const engine = await openEngine(plan, { onWarning: (text) => console.error(text) });
+  console.log(JSON.stringify({ openSeconds: (performance.now() - started) / 1000 }));
+  for await (const line of createInterface({ input: process.stdin })) {
+    console.log(JSON.stringify(await answer(engine, JSON.parse(line) as Asked)));
+  }
+  await engine.close();
+}
