@@ -9,7 +9,7 @@
 
 import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, utimesSync } from "node:fs";
 import { open, rename } from "node:fs/promises";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 import { crc32 } from "node:zlib";
 import { HypuraError } from "./errors";
 import type { Log } from "./keeper";
@@ -60,7 +60,7 @@ export class PrefixStore {
 
   constructor(options: PrefixStoreOptions) {
     this.#options = options;
-    this.#folder = options.folder ?? join(stateFolder(), folderName);
+    this.#folder = resolve(options.folder ?? join(stateFolder(), folderName)); // native code wants all of the path
   }
 
   /**
