@@ -22,6 +22,7 @@ import {
 } from "./ollama-model";
 import { budgetOf, makePlan, type Plan, type PlanLimits } from "./plan";
 import { type PrefixStore, type Shelf, whyNotKept } from "./prefix-store";
+import type { Projector } from "./projector";
 import { userHome } from "./state";
 import type { StreamingCounters } from "./streaming";
 import { type Decoded, isMeasured, rememberRun, type Surroundings, surroundingsOf } from "./surroundings";
@@ -49,6 +50,8 @@ export interface LibraryOptions {
   readonly onWarning: (sentence: string) => void;
   /** Measures the machine for a model that would stream; without it such a plan knows what was measured before. */
   readonly measure?: (modelPath: string) => Promise<Surroundings>;
+  /** Reads images for the only model. */
+  readonly projector?: Projector | null;
   /** Keeps the beginnings of conversations on disk; without it nothing is written. */
   readonly prefixes?: PrefixStore | null;
 }
@@ -72,6 +75,12 @@ export async function openLibrary(
     throw new HypuraError(
       "usage",
       `--name gives one name and there are ${found.length} models: leave it out, or serve one model`,
+    );
+  }
+  if ((options.projector ?? null) !== null && found.length > 1) {
+    throw new HypuraError(
+      "usage",
+      `--mmproj belongs to one model and there are ${found.length}: serve that one alone`,
     );
   }
   const models: LibraryModel[] = [];
@@ -147,7 +156,11 @@ async function findInFolder(folder: string, options: LibraryOptions): Promise<re
   return found;
 }
 
-async function toModel(found: Found, options: LibraryOptions): Promise<LibraryModel> {
+async function toModel(found: Found, given: LibraryOptions): Promise<LibraryModel> {
+  const options: LibraryOptions = {
+    ...given,
+    limits: { ...given.limits, projector: given.projector ?? null },
+  };
   const { file, settings } = found;
   const name = options.name === null ? found.name : givenName(options.name);
   const { metadata } = file.gguf;
@@ -170,13 +183,13 @@ async function toModel(found: Found, options: LibraryOptions): Promise<LibraryMo
     modifiedUnixSeconds: Math.floor(modifiedMs / 1000),
     model: file.model,
     metadata,
-    projector: null,
+    projector: options.projector?.metadata ?? null,
     fim,
     capabilities: capabilitiesOf({
       metadata,
       model: file.model,
       fim,
-      hasProjector: false,
+      hasProjector: (options.projector ?? null) !== null,
       canEmbed: isForEmbedding(file),
     }),
     contextTokens,

@@ -20,6 +20,7 @@ import {
   type Source,
   thinkFields,
 } from "./ollama-request";
+import { withImagesApart } from "./v1-pass";
 import { WireError } from "./wire-error";
 
 // ---- steps ----------------------------------------------------------------------------------------------------
@@ -127,7 +128,11 @@ interface ChatBody {
 function chatBody(work: GenerateWork, model: ServedModel, messages: readonly EngineMessage[]): ChatBody {
   const tools = work.source.kind === "messages" ? work.source.tools : [];
   return {
-    messages,
+    messages: messages.map((message) =>
+      typeof message.content === "string"
+        ? message
+        : { ...message, content: withImagesApart(message.content, { type: "text", text: "\n" }) },
+    ),
     ...(tools.length > 0 && { tools }),
     ...thinkFields(work.think, model),
     ...(work.format !== null && {

@@ -167,11 +167,13 @@ const plan = object({
   ),
   slotFolder: nullable(text),
   contextShift: flag,
+  projector: nullable(object({ path: text, sizeBytes: bytes })),
   memory: object({
     ...memory,
     poolBytes: bytes,
     streamingBytes: bytes,
     draftBytes: bytes,
+    projectorBytes: bytes,
     processBytes: bytes,
   }),
   gpuMemory: nullable(object(memory)),

@@ -200,6 +200,9 @@ OpenPlan parse_plan(std::string_view text) {
         plan.speculation = parse_speculation(json.at("speculation"));
     }
     plan.context_shift = json.at("contextShift").get<bool>();
+    if (!json.at("projector").is_null()) {
+        plan.projector_path = json.at("projector").at("path").get<std::string>();
+    }
     if (!json.at("slotFolder").is_null()) {
         plan.slot_folder = json.at("slotFolder").get<std::string>();
         if (plan.slot_folder.empty() || plan.slot_folder.front() != '/') {
@@ -470,6 +473,8 @@ common_params params_of(const OpenPlan & plan) {
         set_speculation(p, plan.speculation);
     }
     p.ctx_shift = plan.context_shift; // the core turns it off itself where the model's cache cannot
+    p.mmproj.path = plan.projector_path;
+    p.mmproj_use_gpu = plan.gpu_layers > 0;
     p.slot_save_path = plan.slot_folder; // the core refuses to save and restore where it is empty
     // The rest is the contract, not policy: nothing the core does on its own may allocate, sleep, fetch or guess.
     p.fit_params = false;
@@ -498,7 +503,8 @@ std::string ready_info(const server_context & context, const OpenPlan & plan) {
                   ",\"weightBytes\":" + std::to_string(bytes.model) + ",\"kvBytes\":" + std::to_string(bytes.context) +
                   ",\"computeBytes\":" + std::to_string(bytes.compute) + "}";
     }
-    const bool can_shift = plan.context_shift && llama_memory_can_shift(llama_get_memory(lctx));
+    const bool can_shift = plan.context_shift && plan.projector_path.empty() &&
+                           llama_memory_can_shift(llama_get_memory(lctx));
     const char * chat_template = llama_model_chat_template(llama_get_model(lctx), nullptr);
     return "{\"contextTokens\":" + std::to_string(meta.slot_n_ctx) +
            ",\"slotCount\":" + std::to_string(llama_n_seq_max(lctx)) +
@@ -885,6 +891,11 @@ bool Engine::load() {
     if (!core_->context.load_model(core_->params)) {
         const std::string device_error = core_->device ? core_->device->last_error() : "";
         const std::string reason = device_error.empty() ? take_last_error() : device_error;
+        if (reason.empty() && !plan_.projector_path.empty()) { // its own log goes nowhere
+            fail("unsupported-model", "llama.cpp takes the model but not with the projector " + plan_.projector_path +
+                                          ": is it the mmproj file of this very model?");
+            return false;
+        }
         fail("engine", reason.empty() ? "llama.cpp did not load the model and gave no reason" : reason);
         return false;
     }

@@ -8,6 +8,7 @@ import { Keeper, type KeeperOptions, type Log } from "../keeper";
 import { type LibraryModel, ollamaStorePath, openLibrary } from "../library";
 import { type Plan, totalBytes } from "../plan";
 import { PrefixStore } from "../prefix-store";
+import { openProjector } from "../projector";
 import { type Server, serve } from "../server";
 import { bytesText, countText, durationText, plural, rateText } from "../text";
 import { durationSeconds } from "../wire-body";
@@ -49,6 +50,11 @@ const args = {
     type: "string",
     description: "What clients call the model (from its file's name)",
     valueHint: "NAME",
+  },
+  mmproj: {
+    type: "string",
+    description: "The model's projector (mmproj file), with which it sees images",
+    valueHint: "FILE",
   },
   origins: {
     type: "string",
@@ -101,6 +107,7 @@ export const serveCommand = command(
         storePath: ollamaStorePath(process.env),
         onWarning: (sentence) => consola.warn(sentence),
         measure: measureOnce,
+        projector: flags.mmproj === undefined ? null : openProjector(flags.mmproj),
         prefixes: prefixCache === undefined ? null : new PrefixStore({ budgetBytes: prefixCache, log }),
       });
       const keeper = new Keeper<LibraryModel>({ ...settings, ...tracing(flags.trace, models, log), log });

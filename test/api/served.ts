@@ -9,6 +9,7 @@ import { Keeper, type KeeperOptions } from "../../src/keeper";
 import { type LibraryModel, openLibrary } from "../../src/library";
 import { noLimits, type PlanLimits } from "../../src/plan";
 import { PrefixStore } from "../../src/prefix-store";
+import type { Projector } from "../../src/projector";
 import { type Server, serve } from "../../src/server";
 import { endlessModel } from "../cli/program";
 import { makeFixture } from "../fixtures";
@@ -59,6 +60,7 @@ export interface TestServerOptions extends Partial<Omit<KeeperOptions, "log">> {
   /** What the store of prefixes may take, in `prefixFolder`; absent: there is none. */
   readonly prefixBytes?: number;
   readonly prefixFolder?: string;
+  readonly projector?: Projector;
 }
 
 const started = new Set<() => Promise<void>>();
@@ -88,6 +90,7 @@ export async function startServer(
     name: options.name ?? null,
     storePath: options.storePath ?? "",
     onWarning: (sentence) => write("warn", sentence),
+    projector: options.projector ?? null,
     prefixes:
       options.prefixBytes === undefined
         ? null
