@@ -124,6 +124,7 @@ export const serveCommand = command(
       "hypura serve big.gguf small.gguf --memory 16G             # two models, one at a time in memory",
       "hypura serve big.gguf --prefix-cache 20G                  # keeps what an agent always says",
       "hypura serve models/ --parallel 4                         # a folder; four decode together",
+      "hypura serve gemma.gguf --mmproj mmproj-gemma.gguf        # sees images",
       "hypura serve ollama:llama3.2:3b                           # what Ollama has pulled, read-only",
       'curl http://127.0.0.1:8080/api/generate -d \'{"model":"NAME","prompt":"Hi","stream":false}\'',
     ],
