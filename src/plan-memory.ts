@@ -17,6 +17,8 @@ export interface MemoryUse {
   readonly streamingBytes: number;
   /** A draft model: its weights, context and scratch. */
   readonly draftBytes: number;
+  /** What reads images: its weights and scratch. */
+  readonly projectorBytes: number;
   readonly processBytes: number;
 }
 
@@ -110,6 +112,7 @@ export function memoryOf(
       poolBytes: 0,
       streamingBytes: streams ? streamingBytes(model, use) : 0,
       draftBytes: 0,
+      projectorBytes: 0,
       processBytes,
     },
     gpu: {

@@ -176,6 +176,10 @@ export interface Plan {
   readonly speculation: Speculation | null;
   /** Where the KV of slots may be kept (prefix-store.ts); null: inference writes nothing. */
   readonly slotFolder: string | null;
+  /** A context that is full loses its older half and generation goes on; else it ends. */
+  readonly contextShift: boolean;
+  /** What turns images into what the model reads; null: it sees none. */
+  readonly projector: { readonly path: string; readonly sizeBytes: number } | null;
   readonly memory: MemoryUse;
   /** Null where no GPU is used. */
   readonly gpuMemory: GpuMemoryUse | null;
@@ -211,6 +215,12 @@ export interface PlanLimits {
   readonly embeddings?: boolean;
   /** Tokens guessed and verified in one pass, at most; `auto` guesses where a pass does not take longer for it. */
   readonly speculation?: "off" | "auto" | number;
+  readonly contextShift?: boolean;
+  readonly projector?: {
+    readonly path: string;
+    readonly sizeBytes: number;
+    readonly memoryBytes: number;
+  } | null;
   /** The file of a small model with the same vocabulary; draft.ts opens it and puts it into `draft`. */
   readonly draftPath?: string | null;
   /** Taken where it pays; always where `speculation` is a number. */

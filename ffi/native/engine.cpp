@@ -224,6 +224,10 @@ OpenPlan parse_plan(std::string_view text) {
     if (!json.at("speculation").is_null()) {
         plan.speculation = parse_speculation(json.at("speculation"));
     }
+    plan.context_shift = json.at("contextShift").get<bool>();
+    if (!json.at("projector").is_null()) {
+        plan.projector_path = json.at("projector").at("path").get<std::string>();
+    }
     if (!json.at("slotFolder").is_null()) {
         plan.slot_folder = json.at("slotFolder").get<std::string>();
         if (plan.slot_folder.empty() || plan.slot_folder.front() != '/') {
@@ -507,6 +511,9 @@ common_params params_of(const OpenPlan & plan) {
     if (plan.speculation.max_tokens > 0) {
         set_speculation(p, plan.speculation);
     }
+    p.ctx_shift = plan.context_shift; // the core turns it off itself where the model's cache cannot
+    p.mmproj.path = plan.projector_path;
+    p.mmproj_use_gpu = plan.gpu_layers > 0;
     p.slot_save_path = plan.slot_folder; // the core refuses to save and restore where it is empty
     // The rest is the contract, not policy: nothing the core does on its own may allocate, sleep, fetch or guess.
     p.fit_params = false;
@@ -515,7 +522,6 @@ common_params params_of(const OpenPlan & plan) {
     p.cache_ram_mib = 0;
     p.cache_idle_slots = false;
     p.n_ctx_checkpoints = 0;
-    p.ctx_shift = false;
     p.sleep_idle_seconds = -1;
     p.sse_ping_interval = -1;
     p.endpoint_slots = true;
@@ -524,8 +530,9 @@ common_params params_of(const OpenPlan & plan) {
     return p;
 }
 
-// {"contextTokens":..,"slotCount":..,"vocabTokens":..,"parameters":..,"hasChatTemplate":..,"memory":[{...}]}
-std::string ready_info(const server_context & context) {
+// {"contextTokens":..,"slotCount":..,"vocabTokens":..,"parameters":..,"hasChatTemplate":..,"canShift":..,
+//  "memory":[{...}]}
+std::string ready_info(const server_context & context, const OpenPlan & plan) {
     const server_context_meta meta = context.get_meta();
     llama_context * lctx = context.get_llama_context();
     std::string memory;
@@ -535,12 +542,15 @@ std::string ready_info(const server_context & context) {
                   ",\"weightBytes\":" + std::to_string(bytes.model) + ",\"kvBytes\":" + std::to_string(bytes.context) +
                   ",\"computeBytes\":" + std::to_string(bytes.compute) + "}";
     }
+    const bool can_shift = plan.context_shift && plan.projector_path.empty() &&
+                           llama_memory_can_shift(llama_get_memory(lctx));
     const char * chat_template = llama_model_chat_template(llama_get_model(lctx), nullptr);
     return "{\"contextTokens\":" + std::to_string(meta.slot_n_ctx) +
            ",\"slotCount\":" + std::to_string(llama_n_seq_max(lctx)) +
            ",\"vocabTokens\":" + std::to_string(meta.model_vocab_n_tokens) +
            ",\"parameters\":" + std::to_string(meta.model_n_params) +
-           ",\"hasChatTemplate\":" + (chat_template != nullptr ? "true" : "false") + ",\"memory\":[" + memory + "]}";
+           ",\"hasChatTemplate\":" + (chat_template != nullptr ? "true" : "false") +
+           ",\"canShift\":" + (can_shift ? "true" : "false") + ",\"memory\":[" + memory + "]}";
 }
 
 } // namespace
@@ -922,6 +932,11 @@ bool Engine::load() {
     if (!core_->context.load_model(core_->params)) {
         const std::string device_error = core_->device ? core_->device->last_error() : "";
         const std::string reason = device_error.empty() ? take_last_error() : device_error;
+        if (reason.empty() && !plan_.projector_path.empty()) { // its own log goes nowhere
+            fail("unsupported-model", "llama.cpp takes the model but not with the projector " + plan_.projector_path +
+                                          ": is it the mmproj file of this very model?");
+            return false;
+        }
         fail("engine", reason.empty() ? "llama.cpp did not load the model and gave no reason" : reason);
         return false;
     }
@@ -935,7 +950,7 @@ bool Engine::load() {
 }
 
 void Engine::loop_until_closed() {
-    const std::string info = ready_info(core_->context);
+    const std::string info = ready_info(core_->context, plan_);
     // Waits for close(), then for the requests (the core answers nobody after terminate), then stops the loop.
     // start_loop marks itself running when it enters, which would undo an earlier terminate: repeat until it is out.
     std::thread closer([this] {

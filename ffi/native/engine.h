@@ -103,6 +103,8 @@ struct OpenPlan {
     LoadMode load_mode = LoadMode::Mmap;
     PlanStreaming streaming;
     PlanSpeculation speculation;
+    bool context_shift; // a full context loses its older half; else generation ends there
+    std::string projector_path; // what reads images; empty: nothing does
     std::string slot_folder; // where the core may keep the KV of slots, with its closing slash; empty: nowhere
 };
 

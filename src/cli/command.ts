@@ -220,7 +220,7 @@ export const limitArgs = {
   },
   speculation: {
     type: "string",
-    description: "Tokens guessed for each pass: off, auto or N (auto: while it costs nothing)",
+    description: "Tokens guessed for a pass: off, auto or N (auto: while it costs nothing)",
     valueHint: "N",
   },
   draft: {
