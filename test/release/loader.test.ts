@@ -96,10 +96,11 @@ describe.skipIf(!isBuilt)("unpacking", () => {
     expect((await doctor({ XDG_CACHE_HOME: xdg, HOME: home })).path).toBe(libraryIn(xdg));
     const inHome = (await doctor({ HOME: home, TMPDIR: tmp })).path;
     expect(inHome).toBe(libraryIn(home));
-    writeFileSync(join(fresh("home-2"), ".cache"), "a file where a folder should be");
+    const caches = process.platform === "darwin" ? "Library" : ".cache";
+    writeFileSync(join(fresh("home-2"), caches), "a file where a folder should be");
     const inTmp = await doctor({ HOME: join(folder, "home-2"), TMPDIR: tmp });
     expect(inTmp.path).toBe(libraryIn(tmp));
-    expect(inTmp.passedOver.join()).toContain(join(folder, "home-2", ".cache"));
+    expect(inTmp.passedOver.join()).toContain(join(folder, "home-2", caches));
   });
 
   test.each([
