@@ -271,6 +271,11 @@ export function totalBytes(memory: MemoryUse): number {
   return sumOf(memory);
 }
 
+/** On all GPUs together; 0 where none is used. */
+export function gpuTotalBytes({ gpuMemory }: Pick<Plan, "gpuMemory">): number {
+  return gpuMemory === null ? 0 : sumOf(gpuMemory);
+}
+
 /** What a run of this plan did, to be kept for the next plan; null where there is nothing to compare it with. */
 export function runOf(
   plan: Plan,
