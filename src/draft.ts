@@ -43,7 +43,7 @@ export function planWithDraft(file: ModelFile, limits: PlanLimits, make: (limits
   if (alone.streaming === null || file.model.kind !== "dense" || alone.speculation === null) {
     return alone;
   }
-  const draft = (limits.plan ?? null) === null ? draftBeside(file) : null; // a plan from a file decides all
+  const draft = (limits.plan ?? null) === null ? besideOnce(file) : null; // a plan from a file decides all
   return draft === null ? alone : make({ ...limits, draft });
 }
 
@@ -73,6 +73,17 @@ export function openDraft(file: ModelFile, path: string): DraftModel {
     );
   }
   return { path: draft.path, model: draft.model, isAskedFor: true };
+}
+
+/** A server makes many plans of one model, and comparing two vocabularies takes a tenth of a second. */
+const besideOf = new WeakMap<ModelFile, DraftModel | null>();
+
+function besideOnce(file: ModelFile): DraftModel | null {
+  const known = besideOf.get(file);
+  if (known !== undefined) return known;
+  const found = draftBeside(file);
+  besideOf.set(file, found);
+  return found;
 }
 
 /** The smallest model in the folder of `file` that has its vocabulary; null where there is none. */

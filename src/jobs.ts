@@ -510,6 +510,8 @@ interface CoreTimings {
   readonly prompt_ms?: number;
   readonly predicted_n?: number;
   readonly predicted_ms?: number;
+  readonly draft_n?: number;
+  readonly draft_n_accepted?: number;
 }
 
 /** The chunks of the answer as they are, its tokens counted and its speed remembered when it ends, however it ends. */
@@ -567,6 +569,8 @@ async function remember(
   const decoded = {
     tokens: (timings.predicted_n ?? 0) - 1, // the first came with the prompt
     seconds: (timings.predicted_ms ?? 0) / 1000,
+    drafted: timings.draft_n ?? 0,
+    accepted: timings.draft_n_accepted ?? 0,
   };
   if (decoded.tokens < leastRememberedTokens) {
     return;

@@ -96,6 +96,21 @@ const streaming = object({
     retryWaitNs: bytes,
   }),
   lookaheadStrides: whole(0, 0x7fff_ffff),
+  prediction: nullable(
+    object({
+      experts: whole(1, 1024),
+      routers: list(
+        object({
+          after: whole(0),
+          asked: list(whole(0), 1),
+          tensorIndex: whole(0),
+          normIndex: whole(0),
+          normBeforeIndex: whole(0),
+        }),
+        1,
+      ),
+    }),
+  ),
   hugePages: flag,
   touchThreads: whole(1, 512),
   spanWorkBytes: bytes,
@@ -162,6 +177,7 @@ const plan = object({
       fromContext: flag,
       matchTokens: whole(0, 65_535),
       draftPath: nullable(text),
+      draftKey: nullable(text),
       draftProbability: number,
     }),
   ),

@@ -6,7 +6,7 @@
 import type { Model } from "./model";
 import type { Choice, PlanLimits, Speculation } from "./plan";
 import type { Placement, Speeds } from "./plan-cost";
-import type { GuessExperience } from "./plan-history";
+import { type GuessExperience, modelKeyOf } from "./plan-history";
 import { bytesText, countText, durationText, rateText } from "./text";
 
 /**
@@ -22,8 +22,9 @@ const flatness = 1.1;
 /** What own runs have to show before they are believed: the same run twice differs by as much. */
 const worthwhile = 1.03;
 /**
- * Where this model's own runs say nothing: a small model of the same family agrees with the large one on about this
- * share of tokens (Qwen2.5-Coder 0.5B for 1.5B over the prompts of test/bench/prompts.json; NOTES.md there).
+ * Where this model's own runs say nothing: a small model of the same family is right about so often, given that it was
+ * right before. Qwen2.5-Coder 0.5B was right in 64 of 67 guesses for 1.5B in code and JSON (test/bench/NOTES.md); prose is
+ * harder, and a draft that is taken in vain costs memory.
  */
 const usualAcceptance = 0.7;
 /** A draft ends before a token that the draft model itself holds less likely than this. */
@@ -102,6 +103,7 @@ function on(maxTokens: number, draft: Draft | null, reason: string): Speculation
       fromContext: true,
       matchTokens,
       draftPath: draft?.path ?? null,
+      draftKey: draft === null ? null : modelKeyOf(draft.model),
       draftProbability: draft === null ? 0 : draftProbability,
     },
     choice: { name: "speculation", value: `up to ${countText(maxTokens)} tokens, ${source}`, reason },

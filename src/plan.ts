@@ -87,6 +87,22 @@ export interface SlotClass {
   readonly policy: CachePolicy;
 }
 
+/** Experts that are read before their router has chosen them. ffi/native/predictor.h. Places are in `Streaming.tensors`. */
+export interface Prediction {
+  /** For each token. */
+  readonly experts: number;
+  readonly routers: readonly {
+    /** Place of a product on the input of the layer before. */
+    readonly after: number;
+    /** Places of the layer's experts. */
+    readonly asked: readonly number[];
+    /** The router, its norm and the norm of the layer before, all f32. */
+    readonly tensorIndex: number;
+    readonly normIndex: number;
+    readonly normBeforeIndex: number;
+  }[];
+}
+
 export interface Streaming {
   /** In the order of a pass. */
   readonly tensors: readonly {
@@ -104,6 +120,8 @@ export interface Streaming {
     readonly retryWaitNs: number;
   };
   readonly lookaheadStrides: number;
+  /** Null: routers are waited for. */
+  readonly prediction: Prediction | null;
   readonly hugePages: boolean;
   readonly touchThreads: number;
   /** Bound of the work memory of one product over several slots. */
@@ -121,6 +139,8 @@ export interface Speculation {
   readonly matchTokens: number;
   /** A small model with the same vocabulary that guesses where the context gives nothing. */
   readonly draftPath: string | null;
+  /** What identifies it whatever its file is called (modelKeyOf); native code does not ask. */
+  readonly draftKey: string | null;
   /** A draft ends before a token that the draft model holds less likely, 0 to 1. */
   readonly draftProbability: number;
 }

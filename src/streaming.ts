@@ -13,6 +13,9 @@ export interface StreamingCounters {
   readonly delegateCalls: number;
   readonly waves: number;
   readonly gatheredProducts: number;
+  /** Experts that a layer was expected to choose, and those of them that it chose. */
+  readonly predictedExperts: number;
+  readonly rightExperts: number;
   /** Ready when an op asked. */
   readonly hits: number;
   /** Being read already when an op asked. */
@@ -134,6 +137,8 @@ export function streamingText(
     readonly seconds: number;
     readonly drafted: number;
     readonly accepted: number;
+    /** Where guesses come from, in words; empty where nothing is guessed. */
+    readonly sources: string;
   },
   touchedBytes: number,
 ): string {
@@ -150,11 +155,11 @@ export function streamingText(
     const bound = rateText(share.readBytesPerSecond / perToken);
     parts.push(`bound ${bound} at the ${bandwidthText(share.readBytesPerSecond)} that the disk gave`);
   }
-  if (generated.drafted > 0) {
+  if (generated.sources !== "") {
     const passes = Math.max(1, counters.passes);
     const alone = rateText(share.readBytesPerSecond / (counters.readBytes / passes));
     parts.push(
-      `${generated.accepted} of ${generated.drafted} guesses right in ${passes} passes, ${(tokens / passes).toFixed(2)} tokens a pass` +
+      `${passes} passes of ${(tokens / passes).toFixed(2)} tokens, ${generated.accepted} of ${generated.drafted} guesses from ${generated.sources} right` +
         (perToken > 0 ? `, bound without guesses ${alone}` : ""),
     );
   }
@@ -177,4 +182,16 @@ export function layersText(layers: readonly LayerShare[], tokens: number): strin
     ],
     [0, 1, 2, 3, 4],
   );
+}
+
+/** Where a plan's guesses come from, in words; the engine counts them together. Empty where nothing is guessed. */
+export function guessSources({ speculation }: Plan): string {
+  if (speculation === null) {
+    return "";
+  }
+  const sources = [
+    ...(speculation.fromContext ? ["the context"] : []),
+    ...(speculation.draftPath === null ? [] : ["the draft model"]),
+  ];
+  return sources.join(" and ");
 }

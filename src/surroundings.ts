@@ -47,6 +47,9 @@ export function isMeasured({ machine }: Surroundings): boolean {
 export interface Decoded {
   readonly tokens: number;
   readonly seconds: number;
+  /** Tokens that were guessed, and those of them that were right. */
+  readonly drafted: number;
+  readonly accepted: number;
 }
 
 /** Keeps what a run did for the plans to come, where the machine was measured. */
@@ -54,16 +57,18 @@ export function rememberRun(
   plan: Plan,
   file: Pick<ModelFile, "model">,
   machine: Machine,
-  { tokens, seconds }: Decoded,
+  decoded: Decoded,
   streaming: StreamingCounters | null,
   onNote?: (text: string) => void,
 ): void {
+  const { tokens, seconds } = decoded;
   if (tokens <= 0 || seconds <= 0) return;
   const figures: RunFigures = {
     at: new Date().toISOString(),
     decodeTokens: tokens,
     decodeSeconds: seconds,
     hitRate: hitRateOf(streaming),
+    ...guessesOf(plan, decoded, streaming),
   };
   const run = runOf(plan, file, machine, figures);
   if (run === null) return;
@@ -75,8 +80,22 @@ export function rememberRun(
   }
 }
 
+/** What was guessed, for a plan that guesses: a wrong guess may cost a pass time too. */
+function guessesOf(
+  { speculation }: Plan,
+  { tokens, drafted, accepted }: Decoded,
+  streaming: StreamingCounters | null,
+): Pick<RunFigures, "guesses"> {
+  if (speculation === null) return {};
+  const { maxTokens, draftKey } = speculation;
+  const passes = Math.max(1, streaming?.passes ?? tokens - accepted);
+  return { guesses: { maxTokens, draftKey, passes, drafted, accepted } };
+}
+
+/** Of what was asked for, the share that was not read for it, whether an op asked for the read or a prediction did. */
 function hitRateOf(streaming: StreamingCounters | null): number | null {
   if (streaming === null) return null;
   const asked = streaming.hits + streaming.lateHits + streaming.misses;
-  return asked === 0 ? null : streaming.hits / asked;
+  const read = streaming.demandReads + streaming.prefetchReads - streaming.droppedPrefetches;
+  return asked === 0 ? null : Math.max(0, 1 - read / asked);
 }

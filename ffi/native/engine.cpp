@@ -74,6 +74,28 @@ ggml_type kv_type(const std::string & name) {
     throw std::runtime_error("unknown KV type " + name);
 }
 
+void parse_prediction(const common_json & json, size_t tensor_count, PlanStreaming * s) {
+    s->predicted_experts = u32(json, "experts");
+    const common_json & routers = json.at("routers");
+    bool fits = s->predicted_experts > 0 && s->predicted_experts <= 1024;
+    for (size_t i = 0; i < routers.size(); ++i) {
+        const common_json & from = routers.at(i);
+        PlanRouter router{u32(from, "after"), {}, u32(from, "tensorIndex"), u32(from, "normIndex"), u32(from, "normBeforeIndex")};
+        const common_json & asked = from.at("asked");
+        for (size_t k = 0; k < asked.size(); ++k) {
+            const auto place = static_cast<uint32_t>(asked.at(k).get<int64_t>());
+            router.asked.push_back(place);
+            fits = fits && place < s->tensors.size() && s->tensors[place].stride_count == s->tensors[router.asked.front()].stride_count;
+        }
+        fits = fits && !router.asked.empty() && router.asked.size() <= 16 && router.after < s->tensors.size() &&
+               router.tensor_index < tensor_count && router.norm_index < tensor_count && router.norm_before_index < tensor_count;
+        s->routers.push_back(std::move(router));
+    }
+    if (!fits) {
+        throw std::runtime_error("the plan's prediction of experts is out of range");
+    }
+}
+
 PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     PlanStreaming s;
     const common_json & tensors = json.at("tensors");
@@ -125,6 +147,9 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     s.huge_pages = json.at("hugePages").get<bool>();
     s.touch_threads = u32(json, "touchThreads");
     s.span_work_bytes = u64(json, "spanWorkBytes");
+    if (!json.at("prediction").is_null()) {
+        parse_prediction(json.at("prediction"), tensor_count, &s);
+    }
     if (json.contains("trace")) {
         s.trace_path = json.at("trace").at("path").get<std::string>();
         s.trace_header = json.at("trace").at("header").get<std::string>();
@@ -345,6 +370,20 @@ StreamingSpec streaming_spec(const OpenPlan & plan) {
             spec.stream.extents.push_back({tensor.file_index, tensor.offset_bytes + i * stride_bytes, stride_bytes});
             spec.stream.strides.push_back({streamed.class_index, order, extent, 1});
         }
+    }
+    spec.prediction.experts = from.predicted_experts;
+    for (const PlanRouter & router : from.routers) {
+        const auto extent = [&](uint32_t index) {
+            const PlanTensor & tensor = plan.tensors[index];
+            return Extent{tensor.file_index, tensor.offset_bytes, tensor.size_bytes};
+        };
+        const RouterSpec to{router.after, router.asked, extent(router.tensor_index), extent(router.norm_index), extent(router.norm_before_index)};
+        const uint64_t experts = from.tensors[router.asked.front()].stride_count;
+        if (to.norm.bytes == 0 || to.norm.bytes % sizeof(float) != 0 || to.norm_before.bytes != to.norm.bytes ||
+            to.norm.bytes > UINT32_MAX || to.weight.bytes != experts * to.norm.bytes) {
+            throw std::runtime_error("the router " + plan.tensors[router.tensor_index].name + " is not of its experts and norms");
+        }
+        spec.prediction.routers.push_back(to);
     }
     spec.huge_pages = from.huge_pages;
     spec.touch_threads = from.touch_threads;
@@ -646,6 +685,8 @@ std::string Engine::streaming_json() const {
         {"delegateCalls", backend.delegate_calls},
         {"waves", backend.wave_count},
         {"gatheredProducts", backend.gathered_count},
+        {"predictedExperts", backend.predicted_count},
+        {"rightExperts", backend.right_count},
         {"hits", total.hits},
         {"lateHits", total.late_hits},
         {"misses", total.misses},

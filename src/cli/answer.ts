@@ -96,7 +96,12 @@ export function rememberAnswer(
   { timings }: Answer,
   streaming: StreamingCounters | null,
 ): void {
-  const decoded = { tokens: timings.generatedTokens - 1, seconds: timings.generatedSeconds };
+  const decoded = {
+    tokens: timings.generatedTokens - 1,
+    seconds: timings.generatedSeconds,
+    drafted: timings.draftedTokens,
+    accepted: timings.acceptedTokens,
+  };
   rememberRun(plan, file, machine, decoded, streaming, (note) => consola.warn(note));
 }
 

@@ -225,8 +225,7 @@ export const limitArgs = {
   },
   draft: {
     type: "string",
-    description:
-      "A small model of the same family that guesses for this one (one beside it, where that pays)",
+    description: "A small model that guesses for this one (where it pays, one beside it)",
     valueHint: "FILE",
   },
   plan: {

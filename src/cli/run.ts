@@ -14,7 +14,7 @@ import {
   type Prompt,
 } from "../generate";
 import { type Plan, totalBytes } from "../plan";
-import { layersOf, layersText, streamingText } from "../streaming";
+import { guessSources, layersOf, layersText, streamingText } from "../streaming";
 import { bytesText, countText, durationText } from "../text";
 import { traceHeader } from "../trace";
 import { interruptible, rememberAnswer, StreamingWatch, showAnswer, speedText, withAdvice } from "./answer";
@@ -361,6 +361,7 @@ async function answerOnce(
         seconds: generatedSeconds,
         drafted: draftedTokens,
         accepted: acceptedTokens,
+        sources: guessSources(plan),
       };
       consola.info(streamingText(streaming, decoded, plan.streaming.touchedBytesPerToken));
       if (verbose) {

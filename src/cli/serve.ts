@@ -67,6 +67,7 @@ const args = {
   "kv-type": limitArgs["kv-type"],
   mode: limitArgs.mode,
   speculation: limitArgs.speculation,
+  draft: limitArgs.draft,
   "prefix-cache": {
     type: "string",
     description: "Keep what conversations begin with on disk, up to this size (off)",

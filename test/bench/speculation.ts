@@ -3,11 +3,12 @@
 //   bun test/bench/speculation.ts repeat FILE [--runs 3]        FILE from `bun test/fixtures/make.ts dense-6g FILE`
 //   bun test/bench/speculation.ts experts FILE [--runs 3]       FILE from `bun test/fixtures/make.ts moe-6g FILE`
 //   bun test/bench/speculation.ts clients FILE [--clients 8]    FILE as for repeat, through `hypura serve`
+//   bun test/bench/speculation.ts replay MODEL [--answers FILE]  what steering each pass would bring
 //   bun test/bench/speculation.ts flips MODEL [--tokens 96]     how often a pass of guesses turns a greedy text
 // Two processes with the same plan, one that guesses and one that does not, asked the same in turns. Weights are read
 // past the page cache, so every pass is cold. The prompts of prompts.json were written down before any measurement.
 
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { planOf } from "../../src/api";
 import { openModelFile } from "../../src/modelfile";
@@ -15,6 +16,7 @@ import { noLimits, type Plan, type PlanLimits, runOf } from "../../src/plan";
 import { loadMachine } from "../../src/profile";
 import { bytesText, parseBytes } from "../../src/text";
 import { compare, type Told } from "../engine/speculation";
+import { densePassCost, type Guesser, longestMatch, mapOfKeys, replayGuesses } from "./guesses";
 import { median, verdict } from "./measure";
 import { linesOf, openSubject, type Subject } from "./subject";
 import type { Asked, Figures } from "./teller";
@@ -26,9 +28,9 @@ interface NamedPrompt {
 }
 
 const [mode = "", path = ""] = process.argv.slice(2);
-const words = process.argv.join(" ");
 function flag(name: string): string | undefined {
-  return new RegExp(`--${name}[ =]("[^"]+"|\\S+)`).exec(words)?.[1]?.replaceAll('"', "");
+  const at = process.argv.indexOf(`--${name}`);
+  return at < 0 ? undefined : process.argv[at + 1];
 }
 const runs = Number(flag("runs") ?? 3);
 const prompts = JSON.parse(
@@ -45,15 +47,18 @@ function limitsFor(memoryBytes: number | null, change: Partial<PlanLimits> = {})
   return { ...noLimits, contextTokens: 1024, slotCount: 1, memoryBytes, ...change };
 }
 
+/** As `run` plans: with what was measured here. */
+const machine = await loadMachine({ folder: path === "" ? "." : path, measure: "cached" });
+
 /** The plan as it guesses, and the same plan without. */
 function bothPlans(limits: PlanLimits): { readonly on: Plan; readonly off: Plan } {
-  const on = planOf(openModelFile(path), limits);
+  const on = planOf(openModelFile(path), limits, machine);
   const draft = on.speculation?.draftPath ?? null;
   // A draft takes memory: without it the weights have that memory.
   const off =
     draft === null
       ? { ...on, speculation: null }
-      : planOf(openModelFile(path), { ...limits, draftPath: null, speculation: "off" });
+      : planOf(openModelFile(path), { ...limits, draftPath: null, speculation: "off" }, machine);
   if (on.speculation === null) {
     throw new Error(
       `the plan guesses nothing: ${on.choices.find((one) => one.name === "speculation")?.reason}`,
@@ -159,7 +164,7 @@ function judgeKind(kind: string, pairs: readonly Pair[]): void {
  */
 const letters = "abcdefgh";
 const repeating = {
-  text: letters.repeat(3),
+  pieces: [...letters.repeat(6)],
   grammar: `root ::= ("${letters}")+`,
   bias: [...letters].map((letter) => [letter, 100] as const),
 };
@@ -182,7 +187,7 @@ async function repeat(): Promise<void> {
   for (let run = 0; run < runs; run++) {
     const asked = { ...repeating, tokens: 8 };
     const offFigures = await offTeller.ask(asked);
-    pairs.push({ off: offFigures, on: await onTeller.ask({ ...asked, tokens: 1 + 6 * (1 + most) }) });
+    pairs.push({ off: offFigures, on: await onTeller.ask({ ...asked, tokens: 1 + 8 * (1 + most) }) });
   }
   const gains = pairs.map((pair) => rate(pair.on) / rate(pair.off));
   const perPass = median(pairs.map(({ on: one }) => tokensPerPass(one)));
@@ -215,7 +220,6 @@ async function repeat(): Promise<void> {
 async function experts(): Promise<void> {
   const limits = limitsFor(parseBytes(flag("memory") ?? "2G") ?? null, { mode: "stream" });
   const file = openModelFile(path);
-  const machine = await loadMachine({ folder: path, measure: "cached" });
   const at = new Date().toISOString();
   const { on, off } = bothPlans({ ...limits, speculation: 4 });
   await using onTeller = await open("on", on);
@@ -322,6 +326,48 @@ async function clients(): Promise<void> {
   }
 }
 
+// ---- replay -------------------------------------------------------------------------------------------------------
+
+/** What another rule, or steering at each pass, would bring: over answers that were made once, by the measured cost. */
+async function replay(): Promise<void> {
+  const tokens = Number(flag("tokens") ?? 96);
+  const kinds = flag("kinds")?.split(",");
+  const file = flag("answers");
+  const chosen = prompts.filter(({ kind }) => kinds === undefined || kinds.includes(kind));
+  const answers: { kind: string; promptIds: readonly number[]; ids: readonly number[] }[] =
+    file !== undefined && existsSync(file) ? JSON.parse(readFileSync(file, "utf8")) : [];
+  if (answers.length === 0) {
+    const plan = planOf(openModelFile(path), limitsFor(null, { speculation: "off" }));
+    await using teller = await open("answers", plan);
+    for (const { kind, prompt } of chosen) {
+      const { promptIds, ids } = await teller.ask({ chat: prompt, tokens });
+      answers.push({ kind, promptIds, ids });
+      if (file !== undefined) writeFileSync(file, JSON.stringify(answers));
+    }
+  }
+  const rules: readonly (readonly [string, () => Guesser])[] = [
+    ["as llama.cpp: 2 tokens match, up to 7", () => mapOfKeys(2, 7)],
+    ["as llama.cpp: 2 tokens match, up to 15", () => mapOfKeys(2, 15)],
+    ["as llama.cpp: 3 tokens match, up to 7", () => mapOfKeys(3, 7)],
+    ["as llama.cpp: 1 token matches, up to 7", () => mapOfKeys(1, 7)],
+    ["as llama.cpp: 2 tokens match, up to 4", () => mapOfKeys(2, 4)],
+    ["as llama.cpp: 1 token matches, up to 4", () => mapOfKeys(1, 4)],
+    ["steered: longest match from 2, up to 7", () => longestMatch(2, () => 7)],
+    ["steered: longest match from 1, up to 7", () => longestMatch(1, () => 7)],
+    ["steered: longest match from 2, 7 or 15 by its length", () => longestMatch(2, (n) => (n >= 6 ? 15 : 7))],
+  ];
+  for (const kind of new Set(answers.map((one) => one.kind))) {
+    for (const [name, rule] of rules) {
+      const told = answers
+        .filter((one) => one.kind === kind && distinctShare(one.ids) >= leastDistinct && one.ids.length > 8)
+        .map(({ promptIds, ids }) => replayGuesses(promptIds, ids, rule(), densePassCost));
+      console.log(
+        `${kind}: ${name}: tokens a pass ${spread(told.map((one) => one.tokens / one.passes))}, speed-up ${spread(told.map((one) => one.tokens / one.cost))}`,
+      );
+    }
+  }
+}
+
 // ---- near ties ----------------------------------------------------------------------------------------------------
 
 async function flips(): Promise<void> {
@@ -373,9 +419,14 @@ switch (mode) {
   case "clients":
     await clients();
     break;
+  case "replay":
+    await replay();
+    break;
   case "flips":
     await flips();
     break;
   default:
-    throw new Error("say prompts MODEL, repeat FILE, experts FILE, clients FILE or flips MODEL");
+    throw new Error(
+      "say prompts MODEL, repeat FILE, experts FILE, clients FILE, replay MODEL or flips MODEL",
+    );
 }

@@ -14,7 +14,9 @@ export interface Asked {
   readonly ids?: readonly number[];
   readonly tokens: number;
   readonly grammar?: string;
-  /** Weights of pieces of text that are one token each. */
+  /** Text in pieces that are one token each. */
+  readonly pieces?: readonly string[];
+  /** Weights of such pieces. */
   readonly bias?: readonly (readonly [string, number])[];
   /** Asks how sure the model was of each token, which takes time. */
   readonly margins?: boolean;
@@ -22,6 +24,7 @@ export interface Asked {
 
 export interface Figures {
   readonly text: string;
+  readonly promptIds: readonly number[];
   readonly ids: readonly number[];
   /** As of Told in test/engine/speculation.ts. */
   readonly margins: readonly number[];
@@ -57,7 +60,11 @@ async function only<Answer>(engine: Engine, route: string, body: object): Promis
   throw new Error(`${route} answered nothing`);
 }
 
-async function promptOf(engine: Engine, { chat, text, ids }: Asked): Promise<string | readonly number[]> {
+async function promptOf(
+  engine: Engine,
+  { chat, text, ids, pieces }: Asked,
+): Promise<string | readonly number[]> {
+  if (pieces !== undefined) return Promise.all(pieces.map((piece) => tokenOf(engine, piece)));
   if (chat === undefined) return ids ?? text ?? "";
   const messages = [{ role: "user", content: chat }];
   return (await only<{ readonly prompt: string }>(engine, "POST /apply-template", { messages })).prompt;
@@ -65,16 +72,21 @@ async function promptOf(engine: Engine, { chat, text, ids }: Asked): Promise<str
 
 async function biasOf(engine: Engine, { bias = [] }: Asked): Promise<readonly (readonly [number, number])[]> {
   return Promise.all(
-    bias.map(async ([content, weight]) => {
-      const { tokens } = await only<{ readonly tokens: readonly number[] }>(engine, "POST /tokenize", {
-        content,
-        add_special: false,
-      });
-      if (tokens.length !== 1)
-        throw new Error(`${JSON.stringify(content)} is ${tokens.length} tokens, not one`);
-      return [tokens[0] as number, weight] as const;
-    }),
+    bias.map(async ([content, weight]) => [await tokenOf(engine, content), weight] as const),
   );
+}
+
+async function tokensOf(engine: Engine, content: string, special: boolean): Promise<readonly number[]> {
+  const body = { content, add_special: special, parse_special: special };
+  return (await only<{ readonly tokens: readonly number[] }>(engine, "POST /tokenize", body)).tokens;
+}
+
+async function tokenOf(engine: Engine, content: string): Promise<number> {
+  const [token, ...more] = await tokensOf(engine, content, false);
+  if (token === undefined || more.length > 0) {
+    throw new Error(`${JSON.stringify(content)} is ${1 + more.length} tokens, not one`);
+  }
+  return token;
 }
 
 function storageRead(): number | null {
@@ -86,8 +98,9 @@ function storageRead(): number | null {
 }
 
 async function answer(engine: Engine, asked: Asked): Promise<Figures> {
+  const prompt = await promptOf(engine, asked);
   const body = {
-    prompt: await promptOf(engine, asked),
+    prompt,
     n_predict: asked.tokens,
     temperature: 0,
     cache_prompt: false,
@@ -118,6 +131,7 @@ async function answer(engine: Engine, asked: Asked): Promise<Figures> {
   const before = first?.counters ?? null;
   return {
     text,
+    promptIds: typeof prompt === "string" ? await tokensOf(engine, prompt, true) : prompt,
     ids,
     margins,
     promptSeconds: (timings?.prompt_ms ?? 0) / 1000,

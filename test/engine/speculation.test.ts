@@ -13,6 +13,7 @@ import { HypuraError } from "../../src/errors";
 import { openModelFile, readMetadataArray } from "../../src/modelfile";
 import { noLimits, type Plan, type Speculation, totalBytes } from "../../src/plan";
 import { validatePlan } from "../../src/plan-json";
+import { densePassCost, mapOfKeys, replayGuesses } from "../bench/guesses";
 import { makeFixture } from "../fixtures";
 import { openRandom, type Random } from "../fixtures/random";
 import { withPool } from "../golden/compare";
@@ -34,7 +35,14 @@ beforeAll(async () => {
 });
 
 function guesses(maxTokens: number): Speculation {
-  return { maxTokens, fromContext: true, matchTokens: 2, draftPath: null, draftProbability: 0 };
+  return {
+    maxTokens,
+    fromContext: true,
+    matchTokens: 2,
+    draftPath: null,
+    draftKey: null,
+    draftProbability: 0,
+  };
 }
 
 /** Streaming through the smallest pool, with a batch that holds every slot's token and guesses and not one more. */
@@ -145,6 +153,16 @@ describe("what the counters say", () => {
     expect(told.accepted).toBeGreaterThan(0);
     expect(passes).toBeGreaterThanOrEqual(decodePasses + 3);
     expect(passes).toBeLessThanOrEqual(decodePasses + 5);
+  });
+
+  test("the replay of an answer counts what the engine counted", async () => {
+    const plan = streamingPlan("tiny-llama", 1, 7);
+    for (const question of questions(19)) {
+      await using engine = await openEngine(plan); // the core remembers keys of requests before
+      const told = await tell(engine, greedy(question, 64));
+      const replayed = replayGuesses(question.prompt, told.tokens, mapOfKeys(2, 7), densePassCost);
+      expect([replayed.drafted, replayed.accepted]).toEqual([told.drafted, told.accepted]);
+    }
   });
 
   test("a plan whose batch cannot hold all guesses is refused", async () => {

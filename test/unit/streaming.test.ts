@@ -18,6 +18,8 @@ function counters(values: Partial<StreamingCounters>): StreamingCounters {
     ops: 0,
     delegateCalls: 0,
     waves: 0,
+    predictedExperts: 0,
+    rightExperts: 0,
     gatheredProducts: 0,
     hits: 0,
     lateHits: 0,
@@ -84,7 +86,7 @@ describe("counters", () => {
   test("the line gives the bound that the disk sets", () => {
     const one = counters({ hits: 6, lateHits: 1, misses: 3, stallNs: 5e8, readBytes: 4e9, readingNs: 2e9 });
     expect(shareOf(one)).toMatchObject({ hitRate: 0.6, lateHitRate: 0.1, missRate: 0.3 });
-    const text = streamingText(one, { tokens: 2, seconds: 4, drafted: 0, accepted: 0 }, 8e9);
+    const text = streamingText(one, { tokens: 2, seconds: 4, drafted: 0, accepted: 0, sources: "" }, 8e9);
     expect(text).toContain("read 2.00 GB a token of 8.00 GB");
     expect(text).toContain("75.0 % less");
     expect(text).toContain("waited 12.5 % of the time");
@@ -92,10 +94,10 @@ describe("counters", () => {
     expect(text).not.toContain("guesses");
     const guessed = streamingText(
       { ...one, passes: 4 },
-      { tokens: 8, seconds: 4, drafted: 7, accepted: 4 },
+      { tokens: 8, seconds: 4, drafted: 7, accepted: 4, sources: "the context" },
       8e9,
     );
-    expect(guessed).toContain("4 of 7 guesses right in 4 passes, 2.00 tokens a pass");
+    expect(guessed).toContain("4 passes of 2.00 tokens, 4 of 7 guesses from the context right");
     expect(guessed).toContain("bound 4.00 tok/s");
     expect(guessed).toContain("bound without guesses 2.00 tok/s");
   });
