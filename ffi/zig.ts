@@ -75,13 +75,16 @@ export async function installZig(say: (step: string) => void): Promise<string> {
   return zig;
 }
 
-function writeProgram(file: string, words: string): void {
-  const text = `#!/bin/sh\nexec ${words} "$@"\n`;
-  // ccache takes a compiler whose file is older for the same compiler: an unchanged wrapper is left alone.
+/** ccache and CMake take a younger file for a changed one: what is the same is left alone. */
+function writeChanged(file: string, text: string): void {
   if (!existsSync(file) || readFileSync(file, "utf8") !== text) {
     writeFileSync(file, text);
-    chmodSync(file, 0o755);
   }
+}
+
+function writeProgram(file: string, words: string): void {
+  writeChanged(file, `#!/bin/sh\nexec ${words} "$@"\n`);
+  chmodSync(file, 0o755);
 }
 
 /** Writes the toolchain of a target into `folder`; returns the file for CMAKE_TOOLCHAIN_FILE. */
@@ -103,12 +106,13 @@ export function writeToolchain(zig: string, target: Target, folder: string): str
     `set(CMAKE_CXX_COMPILER "${join(folder, "c++")}")`,
     `set(CMAKE_AR "${join(folder, "ar")}")`,
     `set(CMAKE_RANLIB "${join(folder, "ranlib")}")`,
+    `set(HYPURA_ZIG ON)`,
     `set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)`,
     `set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)`,
     `set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)`,
     ...(isDarwin ? [`set(CMAKE_OSX_SYSROOT "")`, `set(CMAKE_INSTALL_NAME_TOOL /bin/true)`] : []),
   ];
   const file = join(folder, "toolchain.cmake");
-  writeFileSync(file, `${lines.join("\n")}\n`);
+  writeChanged(file, `${lines.join("\n")}\n`);
   return file;
 }
