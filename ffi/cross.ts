@@ -45,7 +45,6 @@ function platformOptions({ platform }: Target, compiler: Compiler): readonly str
 }
 
 function processorOptions({ arch, baseline, variants }: Target, compiler: Compiler): readonly string[] {
-  const march = baseline?.host.replace("-march=", "");
   const added = variants.flatMap(({ name, flags }) => (flags === null ? [] : [`${name}=${flags[compiler]}`]));
   return [
     "-DGGML_NATIVE=OFF",
@@ -53,7 +52,9 @@ function processorOptions({ arch, baseline, variants }: Target, compiler: Compil
       ? ["SSE42", "AVX", "AVX2", "FMA", "F16C", "BMI2"].map((one) => `-DGGML_${one}=ON`)
       : []),
     // zig has the baseline in its toolchain file.
-    ...(march !== undefined && compiler === "host" ? [`-DGGML_CPU_ARM_ARCH=${march}`] : []),
+    ...(baseline !== null && compiler === "host"
+      ? [`-DCMAKE_C_FLAGS=${baseline.host}`, `-DCMAKE_CXX_FLAGS=${baseline.host}`]
+      : []),
     `-DHYPURA_VARIANTS=${added.join(";")}`,
   ];
 }

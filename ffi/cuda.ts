@@ -36,6 +36,6 @@ export function cudaOptions(
   if (!version.success) {
     throw new Error(`${nvcc} does not run: reinstall the CUDA toolkit, or set CUDA_PATH to another one`);
   }
-  // Static, so that libhypura needs only the driver where it runs.
-  return ["-DGGML_CUDA=ON", `-DCMAKE_CUDA_COMPILER=${nvcc}`, "-DCMAKE_CUDA_RUNTIME_LIBRARY=Static"];
+  // cuBLAS stays a library of the machine (500 MB): this is a build for this machine, no release.
+  return ["-DGGML_CUDA=ON", `-DCMAKE_CUDA_COMPILER=${nvcc}`];
 }

@@ -3,11 +3,13 @@
 // Apple's SDK, which is nothing of ours (Metal and Accelerate are llama.cpp's).
 //
 //   bun ffi/darwin.ts [--link]
-//     --link   also llama.cpp, and the whole libhypura.dylib for the CPU (some ten minutes the first time)
+//     --link   also llama.cpp: the whole libhypura.dylib for the CPU, and the executable (some ten minutes the first time)
 
 import { existsSync } from "node:fs";
+import { join } from "node:path";
 import { buildTargets, say } from "./cmake";
 import { buildLibraries, configureFor } from "./cross";
+import { makeExecutable } from "./executable";
 import { signatureFault } from "./macho";
 import { targets } from "./targets";
 
@@ -18,14 +20,17 @@ export async function compileForDarwin(): Promise<void> {
   await buildTargets(await configureFor(darwin, "zig"), ["hypura_data", "hypura_engine"]);
 }
 
-/** Links libhypura.dylib of every variant, and checks the signatures that the linker gave them. */
+/** Links libhypura.dylib of every variant and makes the executable, and checks the signature of each. */
 export async function linkForDarwin(): Promise<void> {
-  for (const { file } of await buildLibraries(darwin, "zig")) {
+  const libraries = await buildLibraries(darwin, "zig");
+  for (const { file } of libraries) {
     const fault = existsSync(file) ? signatureFault(file) : "it is not there";
     if (fault !== null) {
       throw new Error(`${file}: ${fault}`);
     }
   }
+  const outfile = join(import.meta.dir, "..", "build", "cross", "hypura-darwin-arm64");
+  await makeExecutable({ libraries, outfile, bunTarget: darwin.bun }); // throws where its signature does not hold
 }
 
 if (import.meta.main) {

@@ -2,7 +2,8 @@
  *
  * Seven functions. None blocks, none throws, none takes a callback: what native code has to say goes, as
  * newline-delimited JSON, into one end of a socket pair, and the caller reads the other end. The caller
- * cancels by closing its end. All integers are plain C; all text is UTF-8; a JSON document is (pointer, length).
+ * cancels by closing its end, or by writing one byte to it and reading on: the end of stream then says that the
+ * request has left the engine. All integers are plain C; all text is UTF-8; a JSON document is (pointer, length).
  *
  * Life of an engine
  *   hy_open(plan)  -> an engine id and its descriptor. Loading runs on a thread of the engine's own. Events:

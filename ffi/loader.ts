@@ -19,9 +19,10 @@ import {
   writeFileSync,
   writeSync,
 } from "node:fs";
-import { homedir, tmpdir } from "node:os";
+import { tmpdir } from "node:os";
 import { dirname, join, resolve } from "node:path";
 import { HypuraError } from "../src/errors";
+import { userHome } from "../src/state";
 import { type EmbeddedLibrary, hashOf, libraryName } from "./library";
 import { processorFeatures } from "./processor";
 import { bestFor } from "./targets";
@@ -135,12 +136,12 @@ interface CacheRoot {
 
 function cacheRoots(): readonly CacheRoot[] {
   const shared = `hypura-${process.getuid?.() ?? 0}`; // two users of one folder do not meet
-  const home = homedir();
+  const home = userHome();
   const caches = process.platform === "darwin" ? ["Library", "Caches"] : [".cache"];
   const roots: readonly CacheRoot[] = [
     { folder: process.env["HYPURA_CACHE"] ?? "", own: shared, canBeMade: true },
     { folder: process.env["XDG_CACHE_HOME"] ?? "", own: "hypura", canBeMade: true },
-    { folder: home === "" || home === "/" ? "" : join(home, ...caches), own: "hypura", canBeMade: true },
+    { folder: home === "/" ? "" : join(home, ...caches), own: "hypura", canBeMade: true },
     { folder: tmpdir(), own: shared, canBeMade: false },
     { folder: "/tmp", own: shared, canBeMade: false },
   ];

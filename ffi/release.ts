@@ -85,13 +85,21 @@ async function make(target: Target): Promise<Outcome> {
   }
 }
 
+/** What a hardened hypura needs: JavaScriptCore's JIT, and a library that is unpacked at the first start. */
+const entitled = ["allow-jit", "allow-unsigned-executable-memory", "disable-library-validation"];
+
 /**
  * The library was signed by the linker before it went in, and nothing changed it since; the executable is signed last.
  * "-" is ad-hoc, which Macs start when it did not come through a browser; a Developer ID is named by the environment.
  */
 async function sign(executable: string): Promise<void> {
   const identity = process.env["HYPURA_SIGN_IDENTITY"] ?? "-";
-  const entitlements = join(root, "ffi", "entitlements.plist");
+  const entitlements = join(root, "build", "entitlements.plist");
+  const keys = entitled.map((name) => `<key>com.apple.security.cs.${name}</key><true/>`).join("");
+  writeFileSync(
+    entitlements,
+    `<?xml version="1.0" encoding="UTF-8"?>\n<plist version="1.0"><dict>${keys}</dict></plist>\n`,
+  );
   const options = ["--force", "--options", "runtime", "--entitlements", entitlements, "--sign", identity];
   await runQuietly(["codesign", ...options, executable], root);
   await runQuietly(["codesign", "--verify", "--strict", executable], root);

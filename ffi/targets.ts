@@ -64,12 +64,19 @@ const i8mm: Flags = {
   host: "-march=armv8.6-a+dotprod+fp16+i8mm",
   zig: "-mcpu=generic+v8_6a+dotprod+fullfp16+i8mm",
 };
-
-/** Every Apple processor from M1 has the baseline, and AWS's from Graviton 2; i8mm came with M2 and Graviton 3. */
-const arm64: readonly Variant[] = [
-  { name: "i8mm", needs: ["asimddp", "asimdhp", "i8mm"], flags: i8mm },
-  { name: "dotprod", needs: ["asimddp", "asimdhp"], flags: null },
+/** For macOS, clang's own headers want all that an M1 has. */
+const [m1, m2]: readonly [Flags, Flags] = [
+  { host: "-mcpu=apple-m1", zig: "-mcpu=apple_m1" },
+  { host: "-mcpu=apple-m2", zig: "-mcpu=apple_m2" },
 ];
+
+/** AWS's processors have the baseline from Graviton 2, i8mm from Graviton 3; Apple's from M1 and M2. */
+function arm64(more: Flags): readonly Variant[] {
+  return [
+    { name: "i8mm", needs: ["asimddp", "asimdhp", "i8mm"], flags: more },
+    { name: "dotprod", needs: ["asimddp", "asimdhp"], flags: null },
+  ];
+}
 
 export const targets: Readonly<Record<TargetName, Target>> = {
   "linux-x64": {
@@ -88,16 +95,16 @@ export const targets: Readonly<Record<TargetName, Target>> = {
     triple: "aarch64-linux-gnu.2.17",
     baseline: dotprod,
     bun: "bun-linux-arm64",
-    variants: arm64,
+    variants: arm64(i8mm),
   },
   "darwin-arm64": {
     name: "darwin-arm64",
     platform: "darwin",
     arch: "arm64",
     triple: "aarch64-macos.13.0",
-    baseline: dotprod,
+    baseline: m1,
     bun: "bun-darwin-arm64",
-    variants: arm64,
+    variants: arm64(m2),
   },
 };
 

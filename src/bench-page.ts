@@ -2,7 +2,7 @@
 // owns how figures look on paper; what they mean is bench.ts's and replay.ts's.
 
 import { readFileSync } from "node:fs";
-import { finished, medianOf, type RunFigures, type RunRecord, ratioOf } from "./bench";
+import { finished, quantile, type RunFigures, type RunRecord, ratioOf } from "./bench";
 import { openTrace, type ReplayPass, replayRecorded } from "./replay";
 import { bandwidthText, bytesText, durationText, rateText } from "./text";
 import { type TraceEvent, type TraceHeader, traceEvents } from "./trace";
@@ -94,7 +94,7 @@ have allowed, whichever is less; reached: the share of it.</p>`,
     "<h2>Speed over tokens</h2>",
     speedPlot(records),
     ...(passages === null
-      ? ["<p>Nothing streamed in hypura's plan, so there is no pool to draw.</p>"]
+      ? ["<p>No run of hypura that streams was finished, so there is no pool to draw.</p>"]
       : [
           "<h2>Timeline of a token</h2>",
           timelinePlot(passages),
@@ -330,7 +330,12 @@ function speedPlot(records: readonly RunRecord[]): string {
   });
   const count = Math.max(1, ...shown.map(({ rates }) => rates.length));
   // One lucky token is no reason to flatten all others.
-  const most = 1.3 * Math.max(1e-9, ...shown.map(({ rates }) => medianOf(rates)));
+  const common = (rates: readonly number[]): number =>
+    quantile(
+      rates.toSorted((one, other) => one - other),
+      0.95,
+    );
+  const most = 1.05 * Math.max(1e-9, ...shown.map(({ rates }) => common(rates)));
   const { x, y, frame } = axes(
     { x: count, y: most },
     { x: tokensText, y: (value) => `${round(value)}`, isWhole: true },

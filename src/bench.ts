@@ -274,6 +274,18 @@ export interface MemoryCeiling {
   readonly cacheBytes: number;
 }
 
+/** Of two measurements of one machine the better figures: what it gave once it can give. */
+export function higherOf(one: Ceilings, other: Ceilings): Ceilings {
+  const volumes = [one, other].flatMap(({ volumeBytesPerSecond }) => volumeBytesPerSecond ?? []);
+  const memories = [one, other]
+    .flatMap(({ memory }) => memory ?? [])
+    .toSorted((a, b) => b.bytesPerSecond - a.bytesPerSecond);
+  return {
+    volumeBytesPerSecond: volumes.length === 0 ? null : Math.max(...volumes),
+    memory: memories[0] ?? null,
+  };
+}
+
 /** The tighter of what the storage and what the memory allow. */
 export function boundOf(figures: RunFigures, ceilings: Ceilings, plan: MeasuredPlan): Bound {
   const disk = diskBound(figures, ceilings.volumeBytesPerSecond);

@@ -17,6 +17,8 @@ export interface EngineInfo {
   readonly vocabTokens: number;
   readonly parameters: number;
   readonly hasChatTemplate: boolean;
+  /** A full context loses its older half and generation goes on: the plan wants it, and the model's cache can. */
+  readonly canShift: boolean;
   /** Bytes that llama.cpp allocated, by buffer type and purpose. */
   readonly memory: readonly {
     readonly buffer: string;

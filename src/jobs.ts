@@ -5,10 +5,12 @@
 import type { EngineChunk } from "./engine";
 import type { Keeper, Lease, Log } from "./keeper";
 import type { LibraryModel } from "./library";
-import { drive, type EngineCall, embed, prepare } from "./ollama-prepare";
+import type { ServedModel } from "./ollama-model";
+import { drive, type EngineCall, embed, type Prepared, prepare } from "./ollama-prepare";
 import { errorReply, renderReply, replyFor, residenceReply } from "./ollama-reply";
 import type { EmbedWork, GenerateWork, Work } from "./ollama-request";
 import { prepareV1, type V1Reply, type V1Work, v1ReplyFor } from "./openai";
+import { type Evaluated, nothing, type Placed, type PrefixSlots } from "./prefix-slots";
 import { countersSince, type StreamingCounters } from "./streaming";
 import { WireError, wireErrorOf } from "./wire-error";
 
@@ -19,6 +21,7 @@ export interface Workshop {
   /** Silence after which a heartbeat is sent. */
   readonly heartbeatMs: number;
   readonly counters: TokenCounters;
+  readonly slots: PrefixSlots;
 }
 
 /** Since the server started. */
@@ -107,6 +110,7 @@ class Job {
   readonly #stop = new AbortController();
   readonly #onEnd: () => void;
   #lease: Lease<LibraryModel> | undefined;
+  #placed: Placed | undefined;
   #reason: WireError | undefined;
   #outlet: Outlet | undefined;
   #ended = false;
@@ -138,9 +142,25 @@ class Job {
     if (!this.#ended) {
       this.#ended = true;
       this.#stop.abort(); // whatever it still asks of the engine
+      this.#placed?.done();
       this.#lease?.release();
       this.#onEnd();
     }
+  }
+
+  /** The chunks of the answer, out of the slot that has most of the prompt. */
+  async *run(
+    shop: Workshop,
+    lease: Lease<LibraryModel>,
+    prepared: Prepared,
+  ): AsyncGenerator<EngineChunk, void> {
+    const placed = await shop.slots.place(lease, prepared);
+    this.#placed = placed;
+    if (this.#ended) {
+      placed.done();
+    }
+    const body = { ...prepared.body, ...placed.fields };
+    yield* counted(shop, lease, { route: prepared.route, body }, placed.evaluated);
   }
 
   async enter(
@@ -344,6 +364,11 @@ export async function answerEmbed(
   });
 }
 
+/** What is known of a model once it is loaded, with the rest. */
+function servedBy({ model, info }: Lease<LibraryModel>): ServedModel {
+  return { ...model.served, canShift: info.canShift };
+}
+
 /** Asks the engine what a dialect's steps want to know. */
 function asker(lease: Lease<LibraryModel>): (call: EngineCall) => Promise<unknown> {
   return ({ route, body }) => lease.ask(route, body);
@@ -351,7 +376,7 @@ function asker(lease: Lease<LibraryModel>): (call: EngineCall) => Promise<unknow
 
 async function readied(shop: Workshop, job: Job, model: LibraryModel, work: GenerateWork) {
   const lease = await job.enter(shop.keeper, model, work.keepAliveSeconds);
-  const prepared = await drive(prepare(work, model.served), asker(lease));
+  const prepared = await drive(prepare(work, servedBy(lease)), asker(lease));
   return { lease, prepared };
 }
 
@@ -363,7 +388,7 @@ async function wholeWork(shop: Workshop, job: Job, model: LibraryModel, work: Ge
   const reply = replyOf(job, work);
   const { lease, prepared } = await readied(shop, job, model, work);
   reply.begin(prepared);
-  for await (const chunk of counted(shop, lease, prepared.route, prepared.body)) {
+  for await (const chunk of job.run(shop, lease, prepared)) {
     reply.onChunk(chunk);
   }
   return drive(reply.whole(), asker(lease));
@@ -384,7 +409,7 @@ async function streamWork(
       failure: (error) => ndjson([errorReply(error)]),
       async produce({ lease, prepared }, outlet) {
         reply.begin(prepared);
-        for await (const chunk of counted(shop, lease, prepared.route, prepared.body)) {
+        for await (const chunk of job.run(shop, lease, prepared)) {
           outlet.send(ndjson(reply.onChunk(chunk)));
           await outlet.whenRoom();
         }
@@ -415,9 +440,16 @@ export async function answerV1(
   const keepAliveSeconds = work.kind === "embed" ? work.work.keepAliveSeconds : null;
   const begin = async (): Promise<AsyncGenerator<EngineChunk, void> | null> => {
     const lease = await job.enter(shop.keeper, model, keepAliveSeconds);
-    const prepared = await drive(prepareV1(work, model.served), asker(lease));
+    const prepared = await drive(prepareV1(work, servedBy(lease)), asker(lease));
     reply.begin(prepared);
-    return prepared.kind === "answer" ? null : counted(shop, lease, prepared.route, prepared.body);
+    if (prepared.kind === "answer") {
+      return null;
+    }
+    if (prepared.prepared === null) {
+      shop.slots.forget(lease);
+      return counted(shop, lease, prepared);
+    }
+    return job.run(shop, lease, prepared.prepared);
   };
   if (work.stream) {
     return streamV1(job, reply, begun(begin(), work.kind === "pass"));
@@ -475,6 +507,7 @@ function streamV1(job: Job, reply: V1Reply, ready: Promise<Begun>): Promise<Resp
 interface CoreTimings {
   readonly cache_n?: number;
   readonly prompt_n?: number;
+  readonly prompt_ms?: number;
   readonly predicted_n?: number;
   readonly predicted_ms?: number;
   readonly draft_n?: number;
@@ -485,14 +518,15 @@ interface CoreTimings {
 async function* counted(
   { counters }: Workshop,
   lease: Lease<LibraryModel>,
-  route: string,
-  body: object,
+  { route, body }: EngineCall,
+  evaluated: Evaluated = nothing,
 ): AsyncGenerator<EngineChunk, void> {
   let timings: CoreTimings | undefined;
   // From the first token on: what the prompt read says nothing of decoding.
   let before: Promise<StreamingCounters | null> | undefined;
   try {
-    for await (const chunk of lease.request(route, body)) {
+    for await (const answered of lease.request(route, body)) {
+      const chunk = evaluated.tokens === 0 ? answered : withEvaluated(answered, evaluated);
       timings = (chunk.data as { readonly timings?: CoreTimings } | null)?.timings ?? timings;
       before ??= timings === undefined && lease.isAlone() ? lease.streaming() : undefined;
       yield chunk;
@@ -505,6 +539,22 @@ async function* counted(
     counters.cachedTokens += timings?.cache_n ?? 0;
     counters.generatedTokens += timings?.predicted_n ?? 0;
   }
+}
+
+/** What was evaluated for this request is no memory of an earlier one, though the engine finds it in its slot. */
+function withEvaluated(chunk: EngineChunk, { tokens, ms }: Evaluated): EngineChunk {
+  const data = chunk.data as { readonly timings?: CoreTimings } | null;
+  const timings = data?.timings;
+  if (timings === undefined) {
+    return chunk;
+  }
+  const whole = {
+    ...timings,
+    cache_n: Math.max(0, (timings.cache_n ?? 0) - tokens),
+    prompt_n: (timings.prompt_n ?? 0) + tokens,
+    prompt_ms: (timings.prompt_ms ?? 0) + ms,
+  };
+  return { ...chunk, data: { ...data, timings: whole } };
 }
 
 /** Of fewer the first, slow ones are too large a part. */

@@ -5,6 +5,7 @@
 import { createHash } from "node:crypto";
 import { closeSync, openSync, readdirSync, readFileSync, readSync, statSync } from "node:fs";
 import { basename, join, resolve } from "node:path";
+import pin from "../vendor/llama.json";
 import { planWithDraft } from "./draft";
 import { HypuraError } from "./errors";
 import { type GgufScalar, splitNames } from "./gguf";
@@ -20,6 +21,8 @@ import {
   type StoredSettings,
 } from "./ollama-model";
 import { budgetOf, makePlan, type Plan, type PlanLimits } from "./plan";
+import { type PrefixStore, type Shelf, whyNotKept } from "./prefix-store";
+import type { Projector } from "./projector";
 import { userHome } from "./state";
 import type { StreamingCounters } from "./streaming";
 import { type Decoded, isMeasured, rememberRun, type Surroundings, surroundingsOf } from "./surroundings";
@@ -31,6 +34,8 @@ export interface LibraryModel extends KeptModel {
   readonly firstPlan: Plan;
   /** The values of a metadata array too long to be kept; null for any other key. */
   readArray(key: string): readonly GgufScalar[] | null;
+  /** Where the beginnings of its conversations are kept; null where none are. */
+  readonly shelf: Shelf | null;
   /** Keeps what a request did, with the engine to itself, for the plans to come. */
   remember(plan: Plan, decoded: Decoded, streaming: StreamingCounters | null): void;
 }
@@ -45,6 +50,10 @@ export interface LibraryOptions {
   readonly onWarning: (sentence: string) => void;
   /** Measures the machine for a model that would stream; without it such a plan knows what was measured before. */
   readonly measure?: (modelPath: string) => Promise<Surroundings>;
+  /** Reads images for the only model. */
+  readonly projector?: Projector | null;
+  /** Keeps the beginnings of conversations on disk; without it nothing is written. */
+  readonly prefixes?: PrefixStore | null;
 }
 
 /** Where Ollama keeps its models. */
@@ -66,6 +75,12 @@ export async function openLibrary(
     throw new HypuraError(
       "usage",
       `--name gives one name and there are ${found.length} models: leave it out, or serve one model`,
+    );
+  }
+  if ((options.projector ?? null) !== null && found.length > 1) {
+    throw new HypuraError(
+      "usage",
+      `--mmproj belongs to one model and there are ${found.length}: serve that one alone`,
     );
   }
   const models: LibraryModel[] = [];
@@ -141,7 +156,11 @@ async function findInFolder(folder: string, options: LibraryOptions): Promise<re
   return found;
 }
 
-async function toModel(found: Found, options: LibraryOptions): Promise<LibraryModel> {
+async function toModel(found: Found, given: LibraryOptions): Promise<LibraryModel> {
+  const options: LibraryOptions = {
+    ...given,
+    limits: { ...given.limits, projector: given.projector ?? null },
+  };
   const { file, settings } = found;
   const name = options.name === null ? found.name : givenName(options.name);
   const { metadata } = file.gguf;
@@ -155,6 +174,7 @@ async function toModel(found: Found, options: LibraryOptions): Promise<LibraryMo
     firstPlan = planToServe(name, file, options.limits, surroundings);
   }
   const { contextTokens } = firstPlan;
+  const shelf = shelfOf(name, firstPlan, file, { digest: found.digest ?? digestOf(file), options });
   const served: ServedModel = {
     name,
     files: file.files,
@@ -163,13 +183,13 @@ async function toModel(found: Found, options: LibraryOptions): Promise<LibraryMo
     modifiedUnixSeconds: Math.floor(modifiedMs / 1000),
     model: file.model,
     metadata,
-    projector: null,
+    projector: options.projector?.metadata ?? null,
     fim,
     capabilities: capabilitiesOf({
       metadata,
       model: file.model,
       fim,
-      hasProjector: false,
+      hasProjector: (options.projector ?? null) !== null,
       canEmbed: isForEmbedding(file),
     }),
     contextTokens,
@@ -184,13 +204,39 @@ async function toModel(found: Found, options: LibraryOptions): Promise<LibraryMo
     // What clients were told of the context stays; the rest follows the memory that is free at that time.
     async plan() {
       surroundings = await cached(file);
-      return planToServe(name, file, { ...options.limits, contextTokens }, surroundings);
+      const plan = planToServe(name, file, { ...options.limits, contextTokens }, surroundings);
+      return { ...plan, slotFolder: shelf?.folder ?? null };
     },
+    shelf,
     readArray: (key) => readMetadataArray(file, key),
     remember: rememberer((plan, decoded, streaming) =>
       rememberRun(plan, file, surroundings.machine, decoded, streaming, options.onWarning),
     ),
   };
+}
+
+/** What makes another cache of the same text has another shelf. */
+function shelfOf(
+  name: string,
+  plan: Plan,
+  file: ModelFile,
+  { digest, options }: { readonly digest: string; readonly options: LibraryOptions },
+): Shelf | null {
+  const { prefixes, onWarning } = options;
+  if (prefixes === undefined || prefixes === null) {
+    return null;
+  }
+  const { model } = file;
+  const why = isForEmbedding(file)
+    ? "it generates no text"
+    : (plan.speculation?.draftPath ?? null) !== null
+      ? "a draft model would have to read it all again"
+      : whyNotKept(model);
+  if (why !== null) {
+    onWarning(`${name} is served without --prefix-cache: ${why}`);
+    return null;
+  }
+  return prefixes.shelf([digest.slice(0, 24), plan.kvTypeK, plan.kvTypeV, pin.release].join("-"));
 }
 
 /** The machine as it is now, with what was measured of it before. */

@@ -195,6 +195,14 @@ export function openModelFile(path: string): ModelFile {
   });
 }
 
+/** What one file holds, whatever it is of. */
+export function openGguf(path: string): { readonly gguf: Gguf; readonly sizeBytes: number } {
+  return withFiles([path], (files) => ({
+    gguf: parseGguf(files.map((file) => ({ name: file.path, source: sourceOf(file) }))),
+    sizeBytes: files[0]?.sizeBytes ?? 0,
+  }));
+}
+
 /** The values of a metadata array too long to be kept (the vocabulary, its merges); null for any other key. */
 export function readMetadataArray(file: ModelFile, key: string): readonly GgufScalar[] | null {
   const value = file.gguf.metadata.get(key);

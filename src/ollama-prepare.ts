@@ -20,6 +20,7 @@ import {
   type Source,
   thinkFields,
 } from "./ollama-request";
+import { withImagesApart } from "./v1-pass";
 import { WireError } from "./wire-error";
 
 // ---- steps ----------------------------------------------------------------------------------------------------
@@ -111,6 +112,10 @@ export interface Prepared {
   readonly promptTokens: number;
   /** As rendered. */
   readonly promptText: string;
+  /** What the engine evaluates; null where images are among it. */
+  readonly promptIds: Ids | null;
+  /** The conversation as it fits; empty where the prompt is no conversation. */
+  readonly messages: readonly EngineMessage[];
   /** Thoughts have to be told apart from the text; `open`: the prompt has begun them. */
   readonly splitThoughts: "no" | "yes" | "open";
 }
@@ -123,7 +128,11 @@ interface ChatBody {
 function chatBody(work: GenerateWork, model: ServedModel, messages: readonly EngineMessage[]): ChatBody {
   const tools = work.source.kind === "messages" ? work.source.tools : [];
   return {
-    messages,
+    messages: messages.map((message) =>
+      typeof message.content === "string"
+        ? message
+        : { ...message, content: withImagesApart(message.content, { type: "text", text: "\n" }) },
+    ),
     ...(tools.length > 0 && { tools }),
     ...thinkFields(work.think, model),
     ...(work.format !== null && {
@@ -224,6 +233,7 @@ function plainRequest(
     readonly ids: Ids;
     readonly text: string;
     readonly splitThoughts: Prepared["splitThoughts"];
+    readonly messages?: readonly EngineMessage[];
   },
 ): Prepared {
   const promptTokens = prompt.ids.length;
@@ -237,6 +247,8 @@ function plainRequest(
     },
     promptTokens,
     promptText: prompt.text,
+    promptIds: prompt.ids,
+    messages: prompt.messages ?? [],
     splitThoughts: prompt.splitThoughts,
   };
 }
@@ -288,6 +300,7 @@ function* preparePlain(work: GenerateWork, model: ServedModel, source: MessageSo
   return plainRequest({ ...calm, source: { ...source, messages } }, model, {
     ids: cutIds(ids, calm, model),
     text: rendered.prompt,
+    messages,
     splitThoughts: calm.think?.on === true ? (open ? "open" : "yes") : "no",
   });
 }
@@ -300,8 +313,29 @@ function* prepareChat(work: GenerateWork, model: ServedModel, source: MessageSou
     body: { ...chatBody(work, model, messages), ...generationFields(work, model, rendered.tokenCount) },
     promptTokens: rendered.tokenCount,
     promptText: rendered.prompt,
+    promptIds: work.imageCount === 0 ? rendered.ids : null,
+    messages,
     splitThoughts: "no",
   };
+}
+
+// ---- what conversations share ---------------------------------------------------------------------------------
+
+/** Stands where a conversation's own words begin; what a template does with it is what it does with any word. */
+const probe: EngineMessage = { role: "user", content: "¶" };
+
+/**
+ * Another conversation with the same instructions and tools: what both begin with is what all of that kind begin with.
+ * Null where there is neither, or the template refuses it.
+ */
+export function* likeConversation({ work, messages }: Prepared, model: ServedModel): Steps<Ids | null> {
+  const { source } = work;
+  const first = messages.findIndex(({ role }) => role !== "system");
+  const instructions = messages.slice(0, Math.max(0, first));
+  if (source.kind !== "messages" || source.before.length > 0 || work.imageCount > 0) return null;
+  if (instructions.length === 0 && source.tools.length === 0) return null;
+  const like = yield* rendering(work, model, [...instructions, probe]);
+  return like === null ? null : withOneBos(like.rendered.ids, model);
 }
 
 // ---- conversations that are too long --------------------------------------------------------------------------

@@ -145,8 +145,29 @@ export function* prepareV1(work: V1Work, model: ServedModel): Steps<V1Prepared> 
       return { kind: "answer", reply: embeddingReply(work, yield* vectorsOf(work.work, model)) };
     case "pass": {
       const promptTokens = work.endpoint === "messages" ? yield* checkLength(work.call.body, model) : null;
-      return { kind: "run", ...work.call, prepared: null, promptTokens };
+      return { kind: "run", ...withinContext(work.call, model, promptTokens), prepared: null, promptTokens };
     }
+  }
+}
+
+/** The core would go on and on in a context that shifts; in these dialects an answer ends where the context does. */
+function withinContext(
+  { route, body }: EngineCall,
+  model: ServedModel,
+  promptTokens: number | null,
+): EngineCall {
+  const limits = body as { readonly max_tokens?: number; readonly max_output_tokens?: number };
+  const room = model.contextTokens - (promptTokens ?? 0);
+  switch (route) {
+    case "POST /v1/messages":
+      return { route, body: { ...body, max_tokens: Math.min(limits.max_tokens ?? room, room) } };
+    case "POST /v1/responses":
+      return {
+        route,
+        body: { ...body, max_output_tokens: Math.min(limits.max_output_tokens ?? room, room) },
+      };
+    default:
+      return { route, body };
   }
 }
 

@@ -96,6 +96,21 @@ const streaming = object({
     retryWaitNs: bytes,
   }),
   lookaheadStrides: whole(0, 0x7fff_ffff),
+  prediction: nullable(
+    object({
+      experts: whole(1, 1024),
+      routers: list(
+        object({
+          after: whole(0),
+          asked: list(whole(0), 1),
+          tensorIndex: whole(0),
+          normIndex: whole(0),
+          normBeforeIndex: whole(0),
+        }),
+        1,
+      ),
+    }),
+  ),
   hugePages: flag,
   touchThreads: whole(1, 512),
   spanWorkBytes: bytes,
@@ -168,11 +183,14 @@ const plan = object({
     }),
   ),
   slotFolder: nullable(text),
+  contextShift: flag,
+  projector: nullable(object({ path: text, sizeBytes: bytes })),
   memory: object({
     ...memory,
     poolBytes: bytes,
     streamingBytes: bytes,
     draftBytes: bytes,
+    projectorBytes: bytes,
     processBytes: bytes,
   }),
   gpuMemory: nullable(object(memory)),

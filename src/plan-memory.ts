@@ -3,6 +3,7 @@
 // are placed (plan-place.ts) and is pure.
 
 import { type KvUse, type Model, type ModelTensor, memoryBytes } from "./model";
+import { predictionBytes } from "./plan-prediction";
 
 /** Bytes by purpose; their sum is what the process should need at its peak. */
 export interface MemoryUse {
@@ -16,6 +17,8 @@ export interface MemoryUse {
   readonly streamingBytes: number;
   /** A draft model: its weights, context and scratch. */
   readonly draftBytes: number;
+  /** What reads images: its weights and scratch. */
+  readonly projectorBytes: number;
   readonly processBytes: number;
 }
 
@@ -109,6 +112,7 @@ export function memoryOf(
       poolBytes: 0,
       streamingBytes: streams ? streamingBytes(model, use) : 0,
       draftBytes: 0,
+      projectorBytes: 0,
       processBytes,
     },
     gpu: {
@@ -138,7 +142,7 @@ export const spanWorkBytes = 16_777_216;
 
 /**
  * ffi/native/backend.cpp, Computer: rows gathered for two experts at a time, ids and indices; the delegate's work
- * memory for a product over a span of slots; and a bounce buffer for each reader thread.
+ * memory for a product over a span of slots; the routers' copies; and a bounce buffer for each reader thread.
  */
 function streamingBytes(model: Model, use: Use): number {
   let widest = 0;
@@ -148,7 +152,12 @@ function streamingBytes(model: Model, use: Use): number {
   }
   const gather =
     2 * 4 * use.ubatchTokens * widest + 20 * use.ubatchTokens * Math.max(1, model.expertCount) + 1_048_576;
-  return gather + spanWorkBytes + use.reader.threads * (use.reader.pieceBytes + 2 * directAlignBytes);
+  return (
+    gather +
+    spanWorkBytes +
+    predictionBytes(model) +
+    use.reader.threads * (use.reader.pieceBytes + 2 * directAlignBytes)
+  );
 }
 
 /** Distance of two slots: room for a stride at any page phase (min_slot_bytes of ffi/native/stream.h). */

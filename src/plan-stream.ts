@@ -26,6 +26,7 @@ import {
   type Solution,
   type TierSeconds,
 } from "./plan-place";
+import { choosePrediction } from "./plan-prediction";
 import { residentPlan } from "./plan-resident";
 import { chooseSpeculation } from "./plan-speculation";
 import {
@@ -60,8 +61,11 @@ export const retryWaitNs = 1_000_000;
  * 10 % more tokens a second (test/bench/NOTES.md). A dense model waits for the disk, where spinning is waste.
  */
 const streamingPollPercent = 20;
-/** Routing drifts with the text; a few thousand tokens of memory keep the hot experts through a change of topic. */
-export const halfLifeTokens = 4096;
+/**
+ * Routing drifts with the text. On recorded runs (test/bench/NOTES.md) 64 and 128 lose nowhere and win up to 1.4 points
+ * over 4,096 where routing follows the text; the longer of the two, because more experts are each seen less often.
+ */
+export const halfLifeTokens = 128;
 /**
  * A prompt tells which experts are hot, and must not outweigh the answer: the core computes the last layer of a prompt
  * for its last token alone, and that layer's experts would count next to nothing for as many tokens as it had.
@@ -274,6 +278,8 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
   const streamedBytes = placement.classes.reduce((sum, one) => sum + one.strideBytes * one.strideCount, 0);
   const residentBytes = more.ramBytes + more.gpuBytes - copiedOutputBytes(model, placement.gpuLayers);
   const lookahead = hasDense ? ringSlots : 0;
+  const tensors = streamedTensors(model, placement);
+  const expected = choosePrediction(model, tensors, classes);
   const guesses = chooseSpeculation(speculationFacts(task, placement), ubatchTokens);
   return {
     ...commonPart(task, placement, { context, sides: full, ubatchTokens }),
@@ -284,7 +290,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
     repack: false,
     loadMode: machine.hasDirectLoad ? "direct" : "read",
     streaming: {
-      tensors: streamedTensors(model, placement),
+      tensors,
       classes,
       reader: {
         threads: reader.threads,
@@ -295,6 +301,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
         retryWaitNs,
       },
       lookaheadStrides: lookahead,
+      prediction: expected.prediction,
       hugePages: true,
       touchThreads: machine.computeCores,
       spanWorkBytes,
@@ -344,6 +351,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
           ? "matrices in a ring, read ahead in the order of use"
           : "experts are known when the router has chosen",
       },
+      ...(expected.choice === null ? [] : [expected.choice]),
       {
         name: "reader",
         value: `${countText(reader.threads)} threads, pieces of ${bytesText(reader.pieceBytes)}`,

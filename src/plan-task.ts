@@ -101,7 +101,7 @@ export function taskOf(
 ): Task {
   const { model } = subject;
   const threads = limits.threads ?? machine.computeCores;
-  const budget = budgetOf(machine, limits);
+  const budget = budgetOf(machine, limits) - (limits.projector?.memoryBytes ?? 0);
   return {
     subject,
     model,
@@ -238,6 +238,7 @@ interface Settled {
 
 export function commonPart(task: Task, placement: Placement, { context, sides, ubatchTokens }: Settled) {
   const { subject, model, limits, threads } = task;
+  const projector = limits.projector ?? null;
   const facts = factsOf(task, placement, ubatchTokens);
   const part = {
     version: 1,
@@ -262,7 +263,13 @@ export function commonPart(task: Task, placement: Placement, { context, sides, u
     kvTypeV: task.kvType,
     embeddings: limits.embeddings === true,
     slotFolder: null,
-    memory: { ...sides.ram, draftBytes: task.draft?.bytes ?? 0 },
+    contextShift: limits.contextShift === true,
+    projector: projector === null ? null : { path: projector.path, sizeBytes: projector.sizeBytes },
+    memory: {
+      ...sides.ram,
+      draftBytes: task.draft?.bytes ?? 0,
+      projectorBytes: projector?.memoryBytes ?? 0,
+    },
     gpuMemory: placement.gpuLayers === 0 ? null : sides.gpu,
     longestContextTokens: longestContext(task, placement, ubatchTokens),
   } as const;

@@ -87,6 +87,22 @@ export interface SlotClass {
   readonly policy: CachePolicy;
 }
 
+/** Experts that are read before their router has chosen them. ffi/native/predictor.h. Places are in `Streaming.tensors`. */
+export interface Prediction {
+  /** For each token. */
+  readonly experts: number;
+  readonly routers: readonly {
+    /** Place of a product on the input of the layer before. */
+    readonly after: number;
+    /** Places of the layer's experts. */
+    readonly asked: readonly number[];
+    /** The router, its norm and the norm of the layer before, all f32. */
+    readonly tensorIndex: number;
+    readonly normIndex: number;
+    readonly normBeforeIndex: number;
+  }[];
+}
+
 export interface Streaming {
   /** In the order of a pass. */
   readonly tensors: readonly {
@@ -104,6 +120,8 @@ export interface Streaming {
     readonly retryWaitNs: number;
   };
   readonly lookaheadStrides: number;
+  /** Null: routers are waited for. */
+  readonly prediction: Prediction | null;
   readonly hugePages: boolean;
   readonly touchThreads: number;
   /** Bound of the work memory of one product over several slots. */
@@ -160,6 +178,10 @@ export interface Plan {
   readonly speculation: Speculation | null;
   /** Where the KV of slots may be kept (prefix-store.ts); null: inference writes nothing. */
   readonly slotFolder: string | null;
+  /** A context that is full loses its older half and generation goes on; else it ends. */
+  readonly contextShift: boolean;
+  /** What turns images into what the model reads; null: it sees none. */
+  readonly projector: { readonly path: string; readonly sizeBytes: number } | null;
   readonly memory: MemoryUse;
   /** Null where no GPU is used. */
   readonly gpuMemory: GpuMemoryUse | null;
@@ -195,6 +217,12 @@ export interface PlanLimits {
   readonly embeddings?: boolean;
   /** Tokens guessed and verified in one pass, at most; `auto` guesses where a pass does not take longer for it. */
   readonly speculation?: "off" | "auto" | number;
+  readonly contextShift?: boolean;
+  readonly projector?: {
+    readonly path: string;
+    readonly sizeBytes: number;
+    readonly memoryBytes: number;
+  } | null;
   /** The file of a small model with the same vocabulary; draft.ts opens it and puts it into `draft`. */
   readonly draftPath?: string | null;
   /** Taken where it pays; always where `speculation` is a number. */

@@ -38,6 +38,7 @@ import {
 } from "./ollama-request";
 import { parseV1, type V1Endpoint, v1Error, v1ModelAsked, v1ModelMissing } from "./openai";
 import { totalBytes } from "./plan";
+import { PrefixSlots } from "./prefix-slots";
 import { type Fields, readBody } from "./wire-body";
 import { WireError, wireErrorOf } from "./wire-error";
 
@@ -207,7 +208,7 @@ class Desk {
     this.jobs = jobs;
     this.#log = log;
     const counters = { promptTokens: 0, cachedTokens: 0, generatedTokens: 0 };
-    this.shop = { keeper, log, heartbeatMs: heartbeatMs ?? 10_000, counters };
+    this.shop = { keeper, log, heartbeatMs: heartbeatMs ?? 10_000, counters, slots: new PrefixSlots(log) };
   }
 
   get replies(): ReadonlyMap<

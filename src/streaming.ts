@@ -13,6 +13,9 @@ export interface StreamingCounters {
   readonly delegateCalls: number;
   readonly waves: number;
   readonly gatheredProducts: number;
+  /** Experts that a layer was expected to choose, and those of them that it chose. */
+  readonly predictedExperts: number;
+  readonly rightExperts: number;
   /** Ready when an op asked. */
   readonly hits: number;
   /** Being read already when an op asked. */

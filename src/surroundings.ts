@@ -92,8 +92,10 @@ function guessesOf(
   return { guesses: { maxTokens, draftKey, passes, drafted, accepted } };
 }
 
+/** Of what was asked for, the share that was not read for it, whether an op asked for the read or a prediction did. */
 function hitRateOf(streaming: StreamingCounters | null): number | null {
   if (streaming === null) return null;
   const asked = streaming.hits + streaming.lateHits + streaming.misses;
-  return asked === 0 ? null : streaming.hits / asked;
+  const read = streaming.demandReads + streaming.prefetchReads - streaming.droppedPrefetches;
+  return asked === 0 ? null : Math.max(0, 1 - read / asked);
 }

@@ -25,7 +25,7 @@ export interface TraceHeader {
   readonly model: { readonly name: string; readonly architecture: string; readonly fileBytes: number };
   readonly mode: Plan["mode"];
   readonly contextTokens: number;
-  /** Requests that decoded together: a pass of more tokens was a prompt's. */
+  /** Tokens of a step of decoding at most, of all requests and with guesses: a pass of more was a prompt's. */
   readonly slotCount: number;
   readonly decodeThreads: number;
   /** What the plan used beside its pool: `--memory` less this is the pool. */
@@ -44,7 +44,7 @@ export function traceHeader(plan: Plan, streaming: Streaming): TraceHeader {
     model: { ...plan.model, fileBytes: plan.files.reduce((sum, file) => sum + file.sizeBytes, 0) },
     mode: plan.mode,
     contextTokens: plan.contextTokens,
-    slotCount: plan.slotCount,
+    slotCount: plan.slotCount * (1 + (plan.speculation?.maxTokens ?? 0)),
     decodeThreads: plan.decodeThreads,
     restBytes: totalBytes(plan.memory) - plan.memory.poolBytes,
     touchedBytesPerToken: streaming.touchedBytesPerToken,

@@ -44,6 +44,29 @@ export function checkedImage(url: unknown, model: ServedModel, asked: string): s
   return url;
 }
 
+const imageTypes: readonly unknown[] = ["image_url", "input_image", "image"];
+
+/**
+ * A line's end between images that stand side by side: the engine's core can keep no prefix that ends between two of
+ * them, and fails every later request that would (keep_first in server-common.cpp, "Chunk not found").
+ */
+export function withImagesApart<Part extends object>(parts: readonly Part[], between: Part): readonly Part[] {
+  const isImage = (part: Part | undefined): boolean =>
+    part !== undefined && "type" in part && imageTypes.includes(part.type);
+  return parts.flatMap((part, i) => (isImage(part) && isImage(parts[i - 1]) ? [between, part] : [part]));
+}
+
+/** The same in every list of parts of a request, however deep. */
+function withMediaApart(value: unknown, between: Fields): unknown {
+  if (Array.isArray(value)) {
+    const parts = value.map((one) => withMediaApart(one, between));
+    return parts.every(isObject) ? withImagesApart(parts, between) : parts;
+  }
+  return isObject(value)
+    ? Object.fromEntries(Object.entries(value).map(([name, one]) => [name, withMediaApart(one, between)]))
+    : value;
+}
+
 /** Looks at every content part of a request, however deep: tool results have parts too. */
 function checkMedia(value: unknown, model: ServedModel, asked: string): void {
   if (Array.isArray(value)) {
@@ -165,7 +188,7 @@ export function messagesCall(
         "top_p",
         "top_k",
       ]),
-      messages,
+      messages: withMediaApart(messages, { type: "text", text: "\n" }),
       ...(tools.length > 0 && { tools: tools.map(customTool) }),
       ...(maxTokens !== undefined && { max_tokens: maxTokens }),
       stream: route === "POST /v1/messages" && (reader.flag("stream") ?? false),
@@ -212,7 +235,9 @@ export function responsesCall(body: Fields, asked: string, model: ServedModel): 
       top_p: 1,
       min_p: 0,
       ...picked(body, ["instructions", "temperature", "top_p"]),
-      input: Array.isArray(input) ? input.flatMap(inputItem) : input,
+      input: Array.isArray(input)
+        ? withMediaApart(input.flatMap(inputItem), { type: "input_text", text: "\n" })
+        : input,
       ...(tools.length > 0 && { tools, ...toolChoice(reader.raw("tool_choice")) }),
       ...(limit !== undefined && { max_output_tokens: limit }),
       ...responseFormat(reader),

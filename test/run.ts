@@ -92,7 +92,7 @@ async function darwin(check: () => Promise<void>): Promise<Tally> {
 
 /** The long runs that are no bun tests. */
 async function soakParts(): Promise<void> {
-  await part("libhypura.dylib linked", () => darwin(linkForDarwin));
+  await part("libhypura.dylib and the executable for macOS", () => darwin(linkForDarwin));
   await part("10,000 runs of stream_stress", () =>
     one([join(folderOf("release"), "stream_stress"), "10000"]),
   );

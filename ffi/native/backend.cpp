@@ -125,6 +125,9 @@ bool StreamState::open(std::string * sentence) {
         }
         stream.trace_to(&trace);
     }
+    if (!predictor.open(spec, sentence)) {
+        return false;
+    }
     weights = std::make_unique<Weight[]>(spec.tensors.size());
     for (uint32_t i = 0; i < spec.tensors.size(); ++i) {
         weights[i].spec = &spec.tensors[i];
@@ -461,7 +464,8 @@ uint64_t StreamDevice::pool_bytes() const {
 }
 
 BackendCounters StreamDevice::counters() const {
-    return {impl_->pass_count, impl_->op_count, impl_->delegate_calls, impl_->wave_count, impl_->gathered_count};
+    return {impl_->pass_count, impl_->op_count, impl_->delegate_calls, impl_->wave_count, impl_->gathered_count,
+            impl_->predictor.predicted_count(), impl_->predictor.right_count()};
 }
 
 std::vector<WeightCounters> StreamDevice::weight_counters() const {

@@ -31,6 +31,21 @@ struct StreamedTensor {
     uint32_t stride_count = 0;
 };
 
+// The router of a layer, in the file: f32, as the norms that its input and that of the layer before went through.
+struct RouterSpec {
+    uint32_t after = 0;          // place in StreamingSpec::tensors: what is computed on the input of the layer before
+    std::vector<uint32_t> asked; // places: the layer's own experts
+    Extent weight;
+    Extent norm;
+    Extent norm_before;
+};
+
+// Experts that are read before their router has chosen them; none for 0 experts.
+struct PredictionSpec {
+    uint32_t experts = 0; // for each token
+    std::vector<RouterSpec> routers;
+};
+
 struct StreamingSpec {
     StreamPlan stream;
     std::vector<StreamedTensor> tensors;
@@ -42,6 +57,7 @@ struct StreamingSpec {
     // Work memory of one product over several slots grows with (slots spanned) x (token, expert) pairs; above this
     // many bytes the experts are computed one by one.
     uint64_t span_work_bytes = 0;
+    PredictionSpec prediction;
     TraceWriter::Options trace; // no path: nothing is traced
 };
 
@@ -70,6 +86,8 @@ struct BackendCounters {
     uint64_t delegate_calls = 0;    // graphs handed to the delegate
     uint64_t wave_count = 0;        // begins beyond the first of an op
     uint64_t gathered_count = 0; // products on some experts of an op, the others not being there yet
+    uint64_t predicted_count = 0; // experts that a layer was expected to choose
+    uint64_t right_count = 0;     // of those, the ones that it chose
 };
 
 // Of one streamed tensor.

@@ -67,6 +67,7 @@ Computer::Computer(StreamState & device) : device_(device), delegate_(device.del
     wave_.resize(lease_capacity);
     wave_at_.resize(lease_capacity);
     place_.assign(largest, UINT32_MAX);
+    expected_.resize(device.predictor.most_strides());
     ids_.resize(static_cast<size_t>(largest) * tokens * sizeof(int32_t) + 4096);
     pair_rows_.resize(static_cast<size_t>(tokens) * largest);
     pair_rows64_.resize(static_cast<size_t>(tokens) * largest);
@@ -272,7 +273,71 @@ bool Computer::list_experts(Op & op) {
 bool Computer::begin_all() {
     const BeginResult begun = device_.stream.begin({leases_.data(), lease_count_}, Holding::kNothing);
     count_asked();
-    return begun.status != Status::kInterrupted || fail("the request was cancelled");
+    if (begun.status == Status::kInterrupted) {
+        return fail("the request was cancelled");
+    }
+    judge_prediction();
+    predict_next(); // behind the reads of this layer in the queue
+    return true;
+}
+
+// What was expected of the layer at hand, beside what it asks for; reads that are not wanted and did not begin are
+// taken back.
+void Computer::judge_prediction() {
+    ExpertPredictor & predictor = device_.predictor;
+    for (uint32_t i = 0; i < op_count_; ++i) {
+        const Op & op = ops_[i];
+        const uint32_t router = predictor.router_of(op.weight->order);
+        if (router == ExpertPredictor::kNone) {
+            continue;
+        }
+        const Span<const uint32_t> predicted = predictor.take_predicted(router);
+        if (predicted.count == 0 || op.token_count() > ExpertPredictor::most_tokens) {
+            continue;
+        }
+        for (uint32_t l = op.first_lease; l < op.first_lease + op.lease_count; ++l) {
+            place_[leases_[l].stride_index - op.weight->spec->first_stride] = l;
+        }
+        uint32_t wrong = 0;
+        for (const uint32_t expert : predicted) {
+            if (place_[expert] == UINT32_MAX) {
+                for (const uint32_t order : predictor.asked(router)) {
+                    expected_[wrong++] = device_.weights[order].spec->first_stride + expert;
+                }
+            }
+        }
+        for (uint32_t l = op.first_lease; l < op.first_lease + op.lease_count; ++l) {
+            place_[leases_[l].stride_index - op.weight->spec->first_stride] = UINT32_MAX;
+        }
+        const auto tensors = static_cast<uint32_t>(predictor.asked(router).size());
+        predictor.note(predicted.count, predicted.count - wrong / tensors);
+        device_.stream.retract({expected_.data(), wrong});
+    }
+}
+
+// What the next layer will ask for, judged by the input of this one, is read while this one is computed.
+void Computer::predict_next() {
+    ExpertPredictor & predictor = device_.predictor;
+    for (uint32_t i = 0; i < op_count_; ++i) {
+        const Op & op = ops_[i];
+        const uint32_t router = predictor.router_after(op.weight->order);
+        const ggml_tensor * input = op.node->src[1];
+        const bool is_computed = input == ops_[0].node->src[1]; // a later product's input may not be, yet
+        if (router == ExpertPredictor::kNone || !op.routed || !is_computed || op.token_count() > ExpertPredictor::most_tokens ||
+            input->type != GGML_TYPE_F32 || input->ne[0] != predictor.columns(router) || input->ne[1] != 1 ||
+            !ggml_backend_buffer_is_host(buffer_of(input))) {
+            continue;
+        }
+        const Span<const uint32_t> predicted =
+            predictor.predict(router, static_cast<const std::byte *>(input->data), input->nb[2], op.token_count());
+        uint32_t count = 0;
+        for (const uint32_t expert : predicted) {
+            for (const uint32_t order : predictor.asked(router)) {
+                expected_[count++] = device_.weights[order].spec->first_stride + expert;
+            }
+        }
+        device_.stream.prefetch({expected_.data(), count});
+    }
 }
 
 void Computer::count_asked() {

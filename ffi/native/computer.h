@@ -6,6 +6,7 @@
 #pragma once
 
 #include "backend.h"
+#include "predictor.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -86,6 +87,7 @@ struct StreamState {
     ggml_backend_buffer_ptr host_buffer; // the host pool as a buffer, so that shadow weights have one
     TraceWriter trace; // before the stream, which writes into it to its end
     Stream stream;
+    ExpertPredictor predictor; // one context decodes at a time
     std::vector<std::string> patterns;
 
     std::unordered_map<std::string, uint32_t> by_name;
@@ -201,6 +203,8 @@ private:
     bool add_op(ggml_tensor * node, uint32_t index);
     bool list_experts(Op & op);
     bool begin_all();
+    void judge_prediction();
+    void predict_next();
     void count_asked();
     bool run_stage(uint32_t first, uint32_t last);
     uint32_t stage_end(ggml_cgraph * cgraph, uint32_t first) const;
@@ -306,6 +310,7 @@ private:
     std::vector<std::byte> ids_;    // the router's choice, fetched
     const ggml_tensor * ids_of_ = nullptr;
     const std::byte * ids_data_ = nullptr;
+    std::vector<uint32_t> expected_; // strides of a prediction
     std::vector<int32_t> pair_rows_;
     std::vector<int64_t> pair_rows64_;
     std::vector<int32_t> span_ids_;

@@ -74,6 +74,28 @@ ggml_type kv_type(const std::string & name) {
     throw std::runtime_error("unknown KV type " + name);
 }
 
+void parse_prediction(const common_json & json, size_t tensor_count, PlanStreaming * s) {
+    s->predicted_experts = u32(json, "experts");
+    const common_json & routers = json.at("routers");
+    bool fits = s->predicted_experts > 0 && s->predicted_experts <= 1024;
+    for (size_t i = 0; i < routers.size(); ++i) {
+        const common_json & from = routers.at(i);
+        PlanRouter router{u32(from, "after"), {}, u32(from, "tensorIndex"), u32(from, "normIndex"), u32(from, "normBeforeIndex")};
+        const common_json & asked = from.at("asked");
+        for (size_t k = 0; k < asked.size(); ++k) {
+            const auto place = static_cast<uint32_t>(asked.at(k).get<int64_t>());
+            router.asked.push_back(place);
+            fits = fits && place < s->tensors.size() && s->tensors[place].stride_count == s->tensors[router.asked.front()].stride_count;
+        }
+        fits = fits && !router.asked.empty() && router.asked.size() <= 16 && router.after < s->tensors.size() &&
+               router.tensor_index < tensor_count && router.norm_index < tensor_count && router.norm_before_index < tensor_count;
+        s->routers.push_back(std::move(router));
+    }
+    if (!fits) {
+        throw std::runtime_error("the plan's prediction of experts is out of range");
+    }
+}
+
 PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     PlanStreaming s;
     const common_json & tensors = json.at("tensors");
@@ -125,6 +147,9 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     s.huge_pages = json.at("hugePages").get<bool>();
     s.touch_threads = u32(json, "touchThreads");
     s.span_work_bytes = u64(json, "spanWorkBytes");
+    if (!json.at("prediction").is_null()) {
+        parse_prediction(json.at("prediction"), tensor_count, &s);
+    }
     if (json.contains("trace")) {
         s.trace_path = json.at("trace").at("path").get<std::string>();
         s.trace_header = json.at("trace").at("header").get<std::string>();
@@ -200,6 +225,10 @@ OpenPlan parse_plan(std::string_view text) {
     }
     if (!json.at("speculation").is_null()) {
         plan.speculation = parse_speculation(json.at("speculation"));
+    }
+    plan.context_shift = json.at("contextShift").get<bool>();
+    if (!json.at("projector").is_null()) {
+        plan.projector_path = json.at("projector").at("path").get<std::string>();
     }
     if (!json.at("slotFolder").is_null()) {
         plan.slot_folder = json.at("slotFolder").get<std::string>();
@@ -344,6 +373,20 @@ StreamingSpec streaming_spec(const OpenPlan & plan) {
             spec.stream.strides.push_back({streamed.class_index, order, extent, 1});
         }
     }
+    spec.prediction.experts = from.predicted_experts;
+    for (const PlanRouter & router : from.routers) {
+        const auto extent = [&](uint32_t index) {
+            const PlanTensor & tensor = plan.tensors[index];
+            return Extent{tensor.file_index, tensor.offset_bytes, tensor.size_bytes};
+        };
+        const RouterSpec to{router.after, router.asked, extent(router.tensor_index), extent(router.norm_index), extent(router.norm_before_index)};
+        const uint64_t experts = from.tensors[router.asked.front()].stride_count;
+        if (to.norm.bytes == 0 || to.norm.bytes % sizeof(float) != 0 || to.norm_before.bytes != to.norm.bytes ||
+            to.norm.bytes > UINT32_MAX || to.weight.bytes != experts * to.norm.bytes) {
+            throw std::runtime_error("the router " + plan.tensors[router.tensor_index].name + " is not of its experts and norms");
+        }
+        spec.prediction.routers.push_back(to);
+    }
     spec.huge_pages = from.huge_pages;
     spec.touch_threads = from.touch_threads;
     spec.ubatch_tokens = plan.ubatch_tokens;
@@ -475,6 +518,9 @@ common_params params_of(const OpenPlan & plan) {
     if (plan.speculation.max_tokens > 0) {
         set_speculation(p, plan.speculation);
     }
+    p.ctx_shift = plan.context_shift; // the core turns it off itself where the model's cache cannot
+    p.mmproj.path = plan.projector_path;
+    p.mmproj_use_gpu = plan.gpu_layers > 0;
     p.slot_save_path = plan.slot_folder; // the core refuses to save and restore where it is empty
     // The rest is the contract, not policy: nothing the core does on its own may allocate, sleep, fetch or guess.
     p.fit_params = false;
@@ -483,7 +529,6 @@ common_params params_of(const OpenPlan & plan) {
     p.cache_ram_mib = 0;
     p.cache_idle_slots = false;
     p.n_ctx_checkpoints = 0;
-    p.ctx_shift = false;
     p.sleep_idle_seconds = -1;
     p.sse_ping_interval = -1;
     p.endpoint_slots = true;
@@ -492,8 +537,9 @@ common_params params_of(const OpenPlan & plan) {
     return p;
 }
 
-// {"contextTokens":..,"slotCount":..,"vocabTokens":..,"parameters":..,"hasChatTemplate":..,"memory":[{...}]}
-std::string ready_info(const server_context & context) {
+// {"contextTokens":..,"slotCount":..,"vocabTokens":..,"parameters":..,"hasChatTemplate":..,"canShift":..,
+//  "memory":[{...}]}
+std::string ready_info(const server_context & context, const OpenPlan & plan) {
     const server_context_meta meta = context.get_meta();
     llama_context * lctx = context.get_llama_context();
     std::string memory;
@@ -503,12 +549,15 @@ std::string ready_info(const server_context & context) {
                   ",\"weightBytes\":" + std::to_string(bytes.model) + ",\"kvBytes\":" + std::to_string(bytes.context) +
                   ",\"computeBytes\":" + std::to_string(bytes.compute) + "}";
     }
+    const bool can_shift = plan.context_shift && plan.projector_path.empty() &&
+                           llama_memory_can_shift(llama_get_memory(lctx));
     const char * chat_template = llama_model_chat_template(llama_get_model(lctx), nullptr);
     return "{\"contextTokens\":" + std::to_string(meta.slot_n_ctx) +
            ",\"slotCount\":" + std::to_string(llama_n_seq_max(lctx)) +
            ",\"vocabTokens\":" + std::to_string(meta.model_vocab_n_tokens) +
            ",\"parameters\":" + std::to_string(meta.model_n_params) +
-           ",\"hasChatTemplate\":" + (chat_template != nullptr ? "true" : "false") + ",\"memory\":[" + memory + "]}";
+           ",\"hasChatTemplate\":" + (chat_template != nullptr ? "true" : "false") +
+           ",\"canShift\":" + (can_shift ? "true" : "false") + ",\"memory\":[" + memory + "]}";
 }
 
 } // namespace
@@ -643,6 +692,8 @@ std::string Engine::streaming_json() const {
         {"delegateCalls", backend.delegate_calls},
         {"waves", backend.wave_count},
         {"gatheredProducts", backend.gathered_count},
+        {"predictedExperts", backend.predicted_count},
+        {"rightExperts", backend.right_count},
         {"hits", total.hits},
         {"lateHits", total.late_hits},
         {"misses", total.misses},
@@ -888,6 +939,11 @@ bool Engine::load() {
     if (!core_->context.load_model(core_->params)) {
         const std::string device_error = core_->device ? core_->device->last_error() : "";
         const std::string reason = device_error.empty() ? take_last_error() : device_error;
+        if (reason.empty() && !plan_.projector_path.empty()) { // its own log goes nowhere
+            fail("unsupported-model", "llama.cpp takes the model but not with the projector " + plan_.projector_path +
+                                          ": is it the mmproj file of this very model?");
+            return false;
+        }
         fail("engine", reason.empty() ? "llama.cpp did not load the model and gave no reason" : reason);
         return false;
     }
@@ -901,7 +957,7 @@ bool Engine::load() {
 }
 
 void Engine::loop_until_closed() {
-    const std::string info = ready_info(core_->context);
+    const std::string info = ready_info(core_->context, plan_);
     // Waits for close(), then for the requests (the core answers nobody after terminate), then stops the loop.
     // start_loop marks itself running when it enters, which would undo an earlier terminate: repeat until it is out.
     std::thread closer([this] {

@@ -50,6 +50,15 @@ struct PlanStreamed {
 };
 
 // The streaming part of a plan; no tensors: everything is resident and the device is never registered.
+// The router of a layer whose experts are asked for before it has run; places are in PlanStreaming::tensors.
+struct PlanRouter {
+    uint32_t after;              // place: computed on the input of the layer before
+    std::vector<uint32_t> asked; // places: the layer's experts
+    uint32_t tensor_index;
+    uint32_t norm_index;
+    uint32_t norm_before_index;
+};
+
 struct PlanStreaming {
     std::vector<PlanStreamed> tensors; // in the order of a pass
     std::vector<ClassSpec> classes;
@@ -58,6 +67,8 @@ struct PlanStreaming {
     bool huge_pages = false;
     uint32_t touch_threads = 0;
     uint64_t span_work_bytes = 0;
+    uint32_t predicted_experts = 0; // for each token; 0: routers are waited for
+    std::vector<PlanRouter> routers;
     std::string trace_path; // a file for a routing trace; empty: none
     std::string trace_header;
 };
@@ -93,6 +104,8 @@ struct OpenPlan {
     LoadMode load_mode = LoadMode::Mmap;
     PlanStreaming streaming;
     PlanSpeculation speculation;
+    bool context_shift; // a full context loses its older half; else generation ends there
+    std::string projector_path; // what reads images; empty: nothing does
     std::string slot_folder; // where the core may keep the KV of slots, with its closing slash; empty: nowhere
 };
 

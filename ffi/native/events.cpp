@@ -106,7 +106,7 @@ bool EventWriter::write_all(const char * data, size_t size) {
 }
 
 bool EventWriter::peer_gone() {
-    // The other side never writes, so anything to read is its end of file. No lock: a blocked writer must not block
+    // The other side writes only to cancel, so anything to read, its end of file too, is its leaving. No lock: a blocked writer must not block
     // the question, and write_all finds out for itself.
     pollfd p{};
     p.fd = fd_;

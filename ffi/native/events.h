@@ -37,7 +37,7 @@ public:
     // Writes the line if that takes no waiting, else drops it: for what may be missed (logs, progress), under any lock.
     void offer(std::string_view json);
 
-    // True once the reader closed its end. Sticky. Does not block.
+    // True once the reader closed its end, or wrote anything. Sticky. Does not block.
     bool peer_gone();
 
     // Ends the stream for the reader, and any write of ours that waits. The descriptor itself lives until destruction,

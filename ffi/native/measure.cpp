@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <ctime>
 #include <numeric>
 #include <system_error>
 #include <unistd.h>
@@ -320,6 +321,13 @@ uint64_t sum_of(const std::byte* bytes, uint64_t count) {
     return std::accumulate(sums, sums + kLanes, uint64_t{0});
 }
 
+// Of a processor, that the calling thread has had.
+uint64_t thread_time_ns() {
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return static_cast<uint64_t>(time.tv_sec) * 1000000000u + static_cast<uint64_t>(time.tv_nsec);
+}
+
 } // namespace
 
 bool measure_copy(const CopySpec& spec, const StopQuestion& stop, CopyFigures* figures, std::string* error) {
@@ -332,6 +340,7 @@ bool measure_copy(const CopySpec& spec, const StopQuestion& stop, CopyFigures* f
     std::atomic<bool> stopped{false};
     std::atomic<uint64_t> start_ns{0};
     std::atomic<uint64_t> copied_bytes{0};
+    std::atomic<uint64_t> thread_ns{0};
     std::atomic<uint64_t> sum{0}; // keeps the compiler from leaving the reads out
     const auto body = [&](uint32_t index) {
         std::byte* source = from.data + index * share;
@@ -346,6 +355,7 @@ bool measure_copy(const CopySpec& spec, const StopQuestion& stop, CopyFigures* f
         while (start_ns == 0 && !stopped) {
             std::this_thread::yield();
         }
+        const uint64_t begun_ns = thread_time_ns();
         do {
             if (spec.reads_only) {
                 sum += sum_of(source, share);
@@ -357,6 +367,7 @@ bool measure_copy(const CopySpec& spec, const StopQuestion& stop, CopyFigures* f
                 stopped = true;
             }
         } while (!stopped && platform::now_ns() - start_ns < spec.duration_ns);
+        thread_ns += thread_time_ns() - begun_ns;
     };
     std::vector<std::thread> threads;
     try {
@@ -373,6 +384,7 @@ bool measure_copy(const CopySpec& spec, const StopQuestion& stop, CopyFigures* f
     }
     figures->wall_ns = right ? platform::now_ns() - start_ns : 0;
     figures->copied_bytes = copied_bytes;
+    figures->thread_ns = thread_ns;
     platform::unmap_memory(&from);
     platform::unmap_memory(&to);
     return right;

@@ -110,6 +110,7 @@ struct CopySpec {
 struct CopyFigures {
     uint64_t copied_bytes = 0; // or read
     uint64_t wall_ns = 0;
+    uint64_t thread_ns = 0; // of processors, all threads together: what other programs took of them is not in it
 };
 
 bool measure_copy(const CopySpec& spec, const StopQuestion& stop, CopyFigures* figures, std::string* error);

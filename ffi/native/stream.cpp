@@ -724,6 +724,22 @@ uint32_t Stream::prefetch(Span<const uint32_t> strides) {
     return started;
 }
 
+void Stream::retract(Span<const uint32_t> strides) {
+    MutexLock lock(mutex_);
+    for (uint32_t stride_index : strides) {
+        HY_CHECK(stride_index < stride_count_);
+        const Stride& stride = strides_[stride_index];
+        const NeuronCache& cache = classes_[stride.class_index].cache;
+        if (cache.state(stride.local) != StrideState::kReading || cache.pins(stride.local) > 0) {
+            continue;
+        }
+        const uint32_t job = job_of(stride);
+        if (queue_.active(job) && !queue_.in_flight(job)) {
+            cancel_read(job);
+        }
+    }
+}
+
 void Stream::note_order(Span<Lease> leases) {
     if (lookahead_strides_ == 0) {
         return;

@@ -204,6 +204,8 @@ public:
     // Reads what is absent into free slots or those of idle strides, in this order, when no demand is waiting. Returns
     // how many reads were queued.
     uint32_t prefetch(Span<const uint32_t> strides) HY_EXCLUDES(mutex_);
+    // Takes back what prefetch() queued of these: reads that did not begin and that no op asked for meanwhile.
+    void retract(Span<const uint32_t> strides) HY_EXCLUDES(mutex_);
     // Drops all reads that nobody waits for and returns when none is in flight.
     void drain() HY_EXCLUDES(mutex_);
     // While on, begin and wait return kInterrupted. From any thread.

@@ -5,7 +5,7 @@
 //                on, without a streaming device of ours
 //   copy      {threads,bufferBytes,durationNs}
 //   scan      the same, only reading
-//             -> one chunk {bytes,ns}
+//             -> one chunk {bytes,ns,threadNs: of processors, all threads together}
 //   products  {threads,pollPercent,types,weightBytes,tensorBytes,rowElements,batchTokens,batchRows,durationNs}
 //             -> a chunk "product" for each type {typeName,decodeBytes,decodeNs,decodePasses,prefillFlops,prefillNs,
 //                prefillPasses}; the durations are of the median pass
@@ -191,7 +191,11 @@ TaskBody memory_task(const common_json & json, bool reads_only) {
         if (!measure_copy(spec, [&] { return events.stopped(); }, &figures, &error)) {
             throw TaskError(error);
         }
-        events.data(Object().add("bytes", figures.copied_bytes).add("ns", figures.wall_ns).done());
+        events.data(Object()
+                        .add("bytes", figures.copied_bytes)
+                        .add("ns", figures.wall_ns)
+                        .add("threadNs", figures.thread_ns)
+                        .done());
     };
 }
 

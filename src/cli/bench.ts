@@ -2,7 +2,16 @@
 // order of the runs, their safety and what is shown of them; a run is bench-run.ts's, its worth bench.ts's.
 
 import { randomBytes } from "node:crypto";
-import { closeSync, openSync, readFileSync, readSync, rmSync, statSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  existsSync,
+  openSync,
+  readFileSync,
+  readSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { consola } from "consola";
@@ -11,6 +20,7 @@ import { planOf } from "../api";
 import {
   baselineDanger,
   type Ceilings,
+  higherOf,
   type MemoryCeiling,
   type Outcome,
   orderOfRuns,
@@ -55,6 +65,8 @@ import { traceOption } from "./run";
 import { print, stderr, tell } from "./terminal";
 
 const defaults = { promptTokens: 128, maxTokens: 128, runs: 3, seconds: 60 } as const;
+/** Without --runs a benchmark takes no longer, where one round does not. */
+const usualSeconds = 110;
 const seed = 20_251_121;
 
 const args = {
@@ -81,7 +93,7 @@ const args = {
   },
   runs: {
     type: "string",
-    description: `Rounds; each is a cold and a warm run of each side (${defaults.runs})`,
+    description: `Rounds of a cold and a warm run of each side (${defaults.runs}, or fewer within 2 minutes)`,
     valueHint: "N",
   },
   seconds: {
@@ -173,25 +185,13 @@ async function bench(flags: Flags, file: ModelFile): Promise<void> {
   traceOption(plans.hypura as Plan, flags.trace); // refused now, not after all runs
   const group = groupBytes === null ? null : makeMemoryGroup(groupBytes);
   const records: RunRecord[] = [];
+  const mostSeconds = flags.runs === undefined ? usualSeconds : Number.POSITIVE_INFINITY;
   try {
-    await interruptible(async (signal) => {
+    await endable(async (signal) => {
       const setting = await prepareSetting(flags, file, { plans, group, profiled: known.machine, signal });
       sayPlans(setting);
-      const order = orderOfRuns(rounds, plans.baseline !== null);
-      for (const [index, run] of order.entries()) {
-        const wantsTrace =
-          index === order.length - 1 && run.side === "hypura" && plans.hypura?.streaming !== null;
-        const record = await oneRun(setting, run, {
-          index,
-          count: order.length,
-          signal,
-          tracePath: wantsTrace ? traceFile(flags) : undefined,
-        });
-        records.push(record);
-        keepRecord(record);
-        tellPlanner(setting, record);
-        sayOutcome(record);
-      }
+      const tracePath = plans.hypura?.streaming === null ? undefined : traceFile(flags);
+      await runAll(setting, { rounds, mostSeconds, tracePath, signal }, records);
     });
   } catch (error) {
     if (!(error instanceof HypuraError && error.code === "cancelled")) {
@@ -209,7 +209,62 @@ async function bench(flags: Flags, file: ModelFile): Promise<void> {
   await show(flags, records);
 }
 
-/** Where the trace of the last run goes: where it was asked for, or beside for the page alone. */
+interface Course {
+  readonly rounds: number;
+  /** No round begins that would not be over by then, but for the first. */
+  readonly mostSeconds: number;
+  /** Of the last run of hypura in each round: the last round's stays. */
+  readonly tracePath: string | undefined;
+  readonly signal: AbortSignal;
+}
+
+/** What is over is in `records`, whatever comes after. */
+async function runAll(setting: Setting, course: Course, records: RunRecord[]): Promise<void> {
+  const { rounds, mostSeconds, tracePath, signal } = course;
+  const order = orderOfRuns(rounds, setting.plans.baseline !== null);
+  const started = performance.now();
+  for (const [index, run] of order.entries()) {
+    const seconds = (performance.now() - started) / 1000;
+    const isNewRound = index > 0 && run.round !== order[index - 1]?.round;
+    if (isNewRound && (seconds * (run.round + 1)) / run.round > mostSeconds) {
+      consola.info(
+        `${plural(run.round, "round")} took ${durationText(seconds)}: that is all, --runs ${rounds} does more`,
+      );
+      return;
+    }
+    const isLastOfRound = run.side === "hypura" && run.state === "warm";
+    const place = {
+      index,
+      count: order.length,
+      signal,
+      tracePath: isLastOfRound ? tracePath : undefined,
+    };
+    const record = await oneRun(setting, run, place);
+    records.push(record);
+    keepRecord(record);
+    tellPlanner(setting, record);
+    sayOutcome(record);
+  }
+}
+
+/** As `interruptible`, and ended by a service manager or a terminal that closes too: a control group would be left. */
+async function endable<Result>(work: (signal: AbortSignal) => Promise<Result>): Promise<Result> {
+  const end = new AbortController();
+  const onSignal = (): void => end.abort();
+  const signals = ["SIGTERM", "SIGHUP"] as const;
+  for (const name of signals) {
+    process.once(name, onSignal);
+  }
+  try {
+    return await interruptible((interrupt) => work(AbortSignal.any([interrupt, end.signal])));
+  } finally {
+    for (const name of signals) {
+      process.off(name, onSignal);
+    }
+  }
+}
+
+/** Where the trace of hypura's last run goes: where it was asked for, or beside for the page alone. */
 function traceFile(flags: Flags): string | undefined {
   return (
     flags.trace ??
@@ -345,10 +400,7 @@ async function prepareSetting(flags: Flags, file: ModelFile, given: Preparation)
     },
     prompt: promptOf(promptTokens, vocabularySize, types),
     plans,
-    ceilings: {
-      volumeBytesPerSecond: await measureVolume(file, signal),
-      memory: await measureMemory(profiled, signal),
-    },
+    ceilings: await measureCeilings(file, profiled, signal),
     group,
     profiled,
   };
@@ -406,6 +458,13 @@ function hashOf({ files, model }: ModelFile): string {
   return hasher.digest("hex").slice(0, 32);
 }
 
+async function measureCeilings(file: ModelFile, machine: Machine, signal: AbortSignal): Promise<Ceilings> {
+  return {
+    volumeBytesPerSecond: await measureVolume(file, signal),
+    memory: await measureMemory(machine, signal),
+  };
+}
+
 const storageSeconds = 0.4;
 
 /** What the model's own volume gives, cold and past the page cache; null where the file is too small to tell. */
@@ -425,7 +484,10 @@ async function measureVolume(file: ModelFile, signal: AbortSignal): Promise<numb
   return speed.bestBytesPerSecond;
 }
 
-/** The best of several short looks counts: another program's share is not the memory's limit. */
+/**
+ * The best of several short looks counts, by the time that the threads had a processor: what other programs took of it
+ * is not the memory's limit, and a bound that is too low would refuse what is true.
+ */
 const memoryLooks = { count: 5, seconds: 0.1, leastBytes: 268_435_456 } as const;
 
 /** What all processors together get from memory, only reading; null where the size of the caches is not known. */
@@ -443,8 +505,8 @@ async function measureMemory({ memory }: Machine, signal: AbortSignal): Promise<
   let bytesPerSecond = 0;
   for (let look = 0; look < memoryLooks.count; look++) {
     for await (const { data } of runTask("scan", body, signal)) {
-      const { bytes, ns } = data as { readonly bytes: number; readonly ns: number };
-      bytesPerSecond = Math.max(bytesPerSecond, (bytes / Math.max(1, ns)) * 1e9);
+      const { bytes, threadNs } = data as { readonly bytes: number; readonly threadNs: number };
+      bytesPerSecond = Math.max(bytesPerSecond, (bytes * logicalCores * 1e9) / Math.max(1, threadNs));
     }
   }
   return { bytesPerSecond, cacheBytes };
@@ -492,8 +554,14 @@ async function oneRun(setting: Setting, run: PlannedRun, place: RunPlace): Promi
     },
   });
   const seen = { groupPeakBytes: group?.peakBytes() ?? null, ...busySince(atFirst, busyNow(file.path)) };
-  const { ceilings } = setting;
-  const outcome: Outcome = end.status === "reported" ? outcomeOf(end.report, seen, { plan, ceilings }) : end;
+  const judge = (ceilings: Ceilings): Outcome =>
+    end.status === "reported" ? outcomeOf(end.report, seen, { plan, ceilings }) : end;
+  const first = judge(setting.ceilings);
+  // What was measured while something else had the disk is measured once more, before a run is refused for it.
+  const outcome =
+    first.status === "refused"
+      ? judge(higherOf(setting.ceilings, await measureCeilings(file, setting.profiled, place.signal)))
+      : first;
   const { tensors: _, ...kept } = plan;
   return {
     version: recordVersion,
@@ -685,7 +753,12 @@ async function show(flags: Flags, records: readonly RunRecord[]): Promise<void> 
 async function writePage(flags: Flags, path: string, records: readonly RunRecord[]): Promise<void> {
   const { benchPage, readPassages } = await import("../bench-page");
   const tracePath = traceFile(flags);
-  const passages = tracePath === undefined ? null : await readPassages(tracePath);
+  // A run that was stopped, or has nothing to stream, leaves none; and an older one is of other runs.
+  const isOfThese =
+    tracePath !== undefined &&
+    existsSync(tracePath) &&
+    statSync(tracePath).mtimeMs >= Date.parse(records[0]?.startedAt ?? "");
+  const passages = isOfThese ? await readPassages(tracePath) : null;
   if (tracePath !== undefined && flags.trace === undefined) {
     rmSync(tracePath, { force: true });
   }

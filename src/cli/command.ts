@@ -220,12 +220,12 @@ export const limitArgs = {
   },
   speculation: {
     type: "string",
-    description: "Tokens guessed for each pass: off, auto or N (auto: while it costs nothing)",
+    description: "Tokens guessed for a pass: off, auto or N (auto: while it costs nothing)",
     valueHint: "N",
   },
   draft: {
     type: "string",
-    description: "A small model of the family that guesses (one beside the model, if it pays)",
+    description: "A small model that guesses for this one (where it pays, one beside it)",
     valueHint: "FILE",
   },
   plan: {

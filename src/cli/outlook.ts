@@ -199,6 +199,7 @@ const memoryNames: Readonly<Record<keyof Plan["memory"], string>> = {
   computeBytes: "scratch",
   streamingBytes: "scratch of streaming",
   draftBytes: "draft model",
+  projectorBytes: "projector for images",
   processBytes: "hypura itself",
 };
 

@@ -7,10 +7,12 @@ import { type Address, originRule, parseOllamaHost } from "../http-policy";
 import { Keeper, type KeeperOptions, type Log } from "../keeper";
 import { type LibraryModel, ollamaStorePath, openLibrary } from "../library";
 import { type Plan, totalBytes } from "../plan";
+import { PrefixStore } from "../prefix-store";
+import { openProjector } from "../projector";
 import { type Server, serve } from "../server";
 import { bytesText, countText, durationText, plural, rateText } from "../text";
 import { durationSeconds } from "../wire-body";
-import { command, limitArgs, limitsOf, numberFlag, positionalsOf, warnOfCut } from "./command";
+import { bytesFlag, command, limitArgs, limitsOf, numberFlag, positionalsOf, warnOfCut } from "./command";
 import { measureOnce } from "./measuring";
 import { traceOption } from "./run";
 import { print, tell } from "./terminal";
@@ -49,6 +51,11 @@ const args = {
     description: "What clients call the model (from its file's name)",
     valueHint: "NAME",
   },
+  mmproj: {
+    type: "string",
+    description: "The model's projector (mmproj file), with which it sees images",
+    valueHint: "FILE",
+  },
   origins: {
     type: "string",
     description: "Web pages that may use it too, such as https://chat.example.com; * is all",
@@ -56,12 +63,19 @@ const args = {
   },
   threads: limitArgs.threads,
   memory: limitArgs.memory,
+  "gpu-memory": limitArgs["gpu-memory"],
+  "kv-type": limitArgs["kv-type"],
   mode: limitArgs.mode,
   speculation: limitArgs.speculation,
   draft: limitArgs.draft,
+  "prefix-cache": {
+    type: "string",
+    description: "Keep what conversations begin with on disk, up to this size (off)",
+    valueHint: "SIZE",
+  },
   trace: {
     type: "string",
-    description: "Write which strides are asked for, for `hypura replay` (later: FILE.2 ...)",
+    description: "Write down what is streamed, for `hypura replay` (the next load: FILE.2)",
     valueHint: "FILE",
   },
   json: { type: "boolean", description: "Print one JSON object on stdout once it listens" },
@@ -87,12 +101,15 @@ export const serveCommand = command(
       const flags = given as Flags;
       const settings = settingsOf(flags, process.env);
       const log = logOf(flags.verbose === true);
+      const prefixCache = bytesFlag("prefix-cache", flags["prefix-cache"]);
       const models = await openLibrary(positionalsOf(rawArgs), {
         limits: settings.limits,
         name: flags.name ?? null,
         storePath: ollamaStorePath(process.env),
         onWarning: (sentence) => consola.warn(sentence),
         measure: measureOnce,
+        projector: flags.mmproj === undefined ? null : openProjector(flags.mmproj),
+        prefixes: prefixCache === undefined ? null : new PrefixStore({ budgetBytes: prefixCache, log }),
       });
       const keeper = new Keeper<LibraryModel>({ ...settings, ...tracing(flags.trace, models, log), log });
       const server = serve({ ...settings, ...settings.address, models, keeper, log });
@@ -106,12 +123,18 @@ export const serveCommand = command(
       "hypura serve model.gguf",
       "hypura serve model.gguf --port 11434 --keep-alive 30m     # where Ollama's clients look",
       "hypura serve big.gguf small.gguf --memory 16G             # two models, one at a time in memory",
+      "hypura serve big.gguf --prefix-cache 20G                  # keeps what an agent always says",
       "hypura serve models/ --parallel 4                         # a folder; four decode together",
+      "hypura serve gemma.gguf --mmproj mmproj-gemma.gguf        # sees images",
       "hypura serve ollama:llama3.2:3b                           # what Ollama has pulled, read-only",
       'curl http://127.0.0.1:8080/api/generate -d \'{"model":"NAME","prompt":"Hi","stream":false}\'',
     ],
     notes: [
-      "A model is loaded by its first request. One is in memory at a time: a request for another waits\n" +
+      "--prefix-cache writes the cache of each new system prompt with its tools to disk and takes it from\n" +
+        "there after a restart, instead of evaluating it again, which takes minutes where weights are\n" +
+        "streamed. What users and the model say is not written. For models of plain attention, and clients\n" +
+        "of /api/chat, /api/generate and /v1/chat/completions; what was used longest ago goes first.\n" +
+        "A model is loaded by its first request. One is in memory at a time: a request for another waits\n" +
         "until those that run are done, and then takes its place.\n" +
         "Without --context a request may use 32,768, 24,576 or 16,384 tokens (less where the model was\n" +
         "trained for less), the most that leaves all weights in memory; where they do not fit anyway,\n" +
@@ -150,6 +173,7 @@ function settingsOf(flags: Flags, environment: Environment): Settings {
     limits: {
       ...limitsOf({ ...flags, context: context === "" ? undefined : context }),
       slotCount: parallel,
+      contextShift: true,
     },
     parallel,
     maxQueue: number("max-queue", "OLLAMA_MAX_QUEUE", whole(0, 1_000_000)) ?? 512,

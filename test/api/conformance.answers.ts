@@ -48,6 +48,11 @@ const generate: readonly Row[] = [
     holds: ({ lines }) =>
       metrics.every((name) => lines.at(-1)[name] > 0) && lines.filter((line) => line.done).length === 1,
   },
+  {
+    line: "5.1 num_predict 0: the prompt is evaluated and one token comes, as from the server that Ollama runs",
+    ask: ["POST", "/api/generate", { ...said, options: { num_predict: 0 } }],
+    last: { done: true, done_reason: "length", eval_count: 1 },
+  },
   { line: "3.1 stream is the default", ask: ["POST", "/api/generate", said], type: streamType },
   {
     line: "3.3 stream false: one object of the last line's fields",

@@ -10,6 +10,7 @@ interface Facts {
     readonly name: string;
     readonly mode: string;
     readonly contextTokens: number;
+    readonly memoryBytes: number;
     readonly predicted: { readonly decodeTokensPerSecond: number | null; readonly basis: string };
   }[];
 }
@@ -24,8 +25,9 @@ export interface Running {
 export async function startProgram(
   words: readonly string[],
   env: Readonly<Record<string, string>> = {},
+  start: readonly string[] = program,
 ): Promise<Running> {
-  const child = Bun.spawn([...program, "serve", "--port", "0", "--threads", "1", "--json", ...words], {
+  const child = Bun.spawn([...start, "serve", "--port", "0", "--threads", "1", "--json", ...words], {
     env: { ...environment, ...env },
     stdin: "ignore",
     stdout: "pipe",

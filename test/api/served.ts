@@ -8,6 +8,8 @@ import { join } from "node:path";
 import { Keeper, type KeeperOptions } from "../../src/keeper";
 import { type LibraryModel, openLibrary } from "../../src/library";
 import { noLimits, type PlanLimits } from "../../src/plan";
+import { PrefixStore } from "../../src/prefix-store";
+import type { Projector } from "../../src/projector";
 import { type Server, serve } from "../../src/server";
 import { endlessModel } from "../cli/program";
 import { makeFixture } from "../fixtures";
@@ -55,6 +57,10 @@ export interface TestServerOptions extends Partial<Omit<KeeperOptions, "log">> {
   readonly hostname?: string;
   readonly heartbeatMs?: number;
   readonly storePath?: string;
+  /** What the store of prefixes may take, in `prefixFolder`; absent: there is none. */
+  readonly prefixBytes?: number;
+  readonly prefixFolder?: string;
+  readonly projector?: Projector;
 }
 
 const started = new Set<() => Promise<void>>();
@@ -73,10 +79,26 @@ export async function startServer(
   const write = (level: string, text: string): void => void log.push(`${level}: ${text}`);
   const parallel = options.parallel ?? 1;
   const models = await openLibrary(words, {
-    limits: { ...noLimits, contextTokens: 1024, threads: 1, slotCount: parallel, ...options.limits },
+    limits: {
+      ...noLimits,
+      contextTokens: 1024,
+      threads: 1,
+      slotCount: parallel,
+      contextShift: true,
+      ...options.limits,
+    },
     name: options.name ?? null,
     storePath: options.storePath ?? "",
     onWarning: (sentence) => write("warn", sentence),
+    projector: options.projector ?? null,
+    prefixes:
+      options.prefixBytes === undefined
+        ? null
+        : new PrefixStore({
+            budgetBytes: options.prefixBytes,
+            log: write,
+            folder: join(options.prefixFolder ?? "", "prefixes"),
+          }),
   });
   const keeper = new Keeper<LibraryModel>({
     maxQueue: 16,

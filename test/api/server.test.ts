@@ -174,6 +174,58 @@ describe("answers", () => {
   });
 });
 
+describe("a full context", () => {
+  const limits = { contextTokens: 256 } as const;
+
+  test("loses its older half and goes on, unless the request says no", async () => {
+    const server = await startServer([files.endless], { limits });
+    const ask = async (more: object) =>
+      (await allLines(await post(`${server.url}/api/chat`, chatBody("endless", 600, more)))).at(-1);
+    expect(await ask({})).toMatchObject({ done_reason: "length", eval_count: 600 });
+    const cut = await ask({ shift: false });
+    expect(cut?.done_reason).toBe("length");
+    expect((cut?.eval_count ?? 0) + (cut?.prompt_eval_count ?? 0)).toBe(256);
+    // -1 is as long as Ollama lets it be: ten contexts.
+    const long = { options: { num_predict: -1, num_ctx: 64, temperature: 0 } };
+    expect(await ask(long)).toMatchObject({ done_reason: "length", eval_count: 640 });
+    await server.stop();
+  });
+
+  test("ends an answer of OpenAI's and Anthropic's dialects", async () => {
+    const server = await startServer([files.endless], { limits });
+    const messages = [{ role: "user", content: "Tell me a story." }];
+    const ask = async (path: string, body: object) =>
+      json(await post(server.url + path, { model: "endless", ...body }));
+    const chat = await ask("/v1/chat/completions", { messages });
+    expect(chat).toMatchObject({ choices: [{ finish_reason: "length" }], usage: { total_tokens: 256 } });
+    const message = await ask("/v1/messages", { messages, max_tokens: 5000 });
+    expect(message).toMatchObject({ stop_reason: "max_tokens" });
+    const { input_tokens: input, output_tokens: output } = message["usage"] as Record<string, number>;
+    expect((input ?? 0) + (output ?? 0)).toBeLessThanOrEqual(257);
+    const response = await ask("/v1/responses", { input: "Tell me a story." });
+    const { output_tokens: tokens } = response["usage"] as Record<string, number>;
+    expect(tokens).toBeLessThanOrEqual(256);
+    await server.stop();
+  });
+
+  test("goes on with the same words where weights are streamed", async () => {
+    const ask = async (mode: "resident" | "stream") => {
+      const more = mode === "stream" ? { mode, memoryBytes: 175_000_000 } : { mode };
+      const server = await startServer([files.experts], {
+        limits: { ...limits, ...more },
+        open: (plan, how) => openChildEngine({ ...plan, repack: false }, how), // which changes last bits
+      });
+      const lines = await allLines(await post(`${server.url}/api/chat`, chatBody("experts", 400)));
+      expect(server.keeper.residence()?.info.canShift).toBe(true);
+      await server.stop();
+      return textOf(lines);
+    };
+    const text = await ask("resident");
+    expect(text.length).toBeGreaterThan(400);
+    expect(await ask("stream")).toBe(text);
+  });
+});
+
 describe("what the next plan learns", () => {
   test("is an answer of eight tokens or more that had the engine to itself", async () => {
     const limits = { mode: "stream", memoryBytes: 175_000_000 } as const;

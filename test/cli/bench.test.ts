@@ -44,9 +44,16 @@ function mayLimit(): boolean {
   }
 }
 
+/** The control group that a benchmark of this process number makes. */
+function groupOf(processId: number): string {
+  const own = makeMemoryGroup(1_000_000_000);
+  own.remove();
+  return own.path.replace(String(process.pid), String(processId));
+}
+
 describe("bench", () => {
   test("both sides, cold and warm: a table, four records, a page", async () => {
-    rmSync(home, { recursive: true, force: true });
+    rmSync(join(home, "bench"), { recursive: true, force: true });
     const page = join(folder, "page.html");
     const trace = join(folder, "bench.trace");
     const { status, stdout, stderr } = await hypura(
@@ -87,11 +94,13 @@ describe("bench", () => {
     expect(html).not.toContain("NaN");
     const replayed = await hypura(["replay", trace, "--json"]);
     expect(JSON.parse(replayed.stdout)).toMatchObject({ isExact: true });
-  }, 60_000);
+  }, 120_000);
 
   test("--json is one object on stdout, --history lists what was kept", async () => {
-    const { status, stdout } = await hypura(["bench", dense, "--json", ...quick], { env });
+    const page = join(folder, "resident.html");
+    const { status, stdout } = await hypura(["bench", dense, "--json", ...quick, "--html", page], { env });
     expect(status).toBe(0);
+    expect(readFileSync(page, "utf8")).toContain("there is no pool to draw");
     const { records, ratios } = JSON.parse(stdout);
     expect([records.length, ratios]).toEqual([2, []]);
     const history = await hypura(["bench", "--history"], { env });
@@ -101,7 +110,7 @@ describe("bench", () => {
     const own = await hypura(["bench", dense, "--history", "--json"], { env });
     const hashes = JSON.parse(own.stdout).records.map((one: RunRecord) => one.model.hash);
     expect(new Set(hashes)).toEqual(new Set([records[0].model.hash]));
-  }, 60_000);
+  }, 120_000);
 
   test("records that are damaged are counted, not trusted", async () => {
     writeFileSync(join(home, "bench", "0-broken.json"), '{"version":1}');
@@ -111,27 +120,35 @@ describe("bench", () => {
     rmSync(join(home, "bench", "0-broken.json"));
   });
 
-  test("Ctrl-C keeps the runs that are done and leaves no process", async () => {
-    rmSync(home, { recursive: true, force: true });
-    const child = Bun.spawn(
-      [...program, "bench", dense, "--threads", "1", "--runs", "50", "--max-tokens", "30"],
-      {
-        env: { ...environment, ...env },
-        stdin: "ignore",
-        stdout: "pipe",
-        stderr: "pipe",
-      },
-    );
-    const isThere = (): true | undefined =>
-      existsSync(join(home, "bench")) && readdirSync(join(home, "bench")).length >= 2 ? true : undefined;
-    await eventually(isThere, () => "no two runs were kept");
-    child.kill("SIGINT");
-    const { status, stdout, stderr } = await outcomeOf(child);
-    expect(status).toBe(130);
-    expect(stderr).toMatch(/stopped: \d+ runs are done and kept/);
-    expect(stdout).toContain("decode tok/s");
-    expect(recordsIn().every((one) => one.outcome.status === "finished")).toBe(true);
-  }, 60_000);
+  test.each(["SIGINT", "SIGTERM"] as const)(
+    "%s keeps the runs that are done and leaves nothing",
+    async (name) => {
+      const limit = mayLimit() ? ["--memory", "1G"] : [];
+      rmSync(join(home, "bench"), { recursive: true, force: true });
+      const child = Bun.spawn(
+        [...program, "bench", dense, "--threads", "1", "--runs", "50", "--max-tokens", "30", ...limit],
+        {
+          env: { ...environment, ...env },
+          stdin: "ignore",
+          stdout: "pipe",
+          stderr: "pipe",
+        },
+      );
+      const isThere = (): true | undefined =>
+        existsSync(join(home, "bench")) && readdirSync(join(home, "bench")).length >= 2 ? true : undefined;
+      await eventually(isThere, () => "no two runs were kept");
+      const group = limit.length === 0 ? null : groupOf(child.pid);
+      expect(group === null || existsSync(group)).toBe(true);
+      child.kill(name);
+      const { status, stdout, stderr } = await outcomeOf(child);
+      expect(group !== null && existsSync(group)).toBe(false);
+      expect(status).toBe(130);
+      expect(stderr).toMatch(/stopped: \d+ runs are done and kept/);
+      expect(stdout).toContain("decode tok/s");
+      expect(recordsIn().every((one) => one.outcome.status === "finished")).toBe(true);
+    },
+    120_000,
+  );
 
   test("a plan from inspect is taken back, and one of another model is not", async () => {
     const plan = join(folder, "plan.json");
@@ -168,7 +185,7 @@ describe("bench", () => {
       expect(refused.stderr).toMatch(message);
       expect(refused.status).toBeGreaterThan(0);
     }
-  }, 60_000);
+  }, 120_000);
 
   test("what is wrong is said before anything runs", async () => {
     for (const [words, message] of [
@@ -191,7 +208,7 @@ describe("bench", () => {
   test.skipIf(!mayLimit())(
     "--memory runs in a control group, whose end is recorded",
     async () => {
-      rmSync(home, { recursive: true, force: true });
+      rmSync(join(home, "bench"), { recursive: true, force: true });
       const { status, stdout } = await hypura(
         ["bench", moe, "--memory", "200M", "--mode", "stream", ...quick, "--json"],
         {
@@ -223,7 +240,7 @@ describe("bench", () => {
       expect(outcomes).toEqual(["killed", "killed"]);
       expect(killed.status).toBe(6);
     },
-    60_000,
+    120_000,
   );
 });
 
@@ -266,7 +283,7 @@ describe("traces", () => {
     for (const size of sizes.split(",")) {
       expect(wide.stdout).toContain(` ${size.replace("%", " %")}`); // none is left out
     }
-  }, 60_000);
+  }, 120_000);
 
   test("a disk that is full ends the trace and not the answer", async () => {
     const path = join(folder, "full.trace");
@@ -282,7 +299,7 @@ describe("traces", () => {
     expect(stderr).toMatch(/warning: the trace .* ended after \d+ bytes: its disk takes no more/);
     expect([status, stdout.length > 20]).toEqual([0, true]);
     expect([existsSync(path), existsSync(`${path}.part`)]).toEqual([false, false]);
-  }, 60_000);
+  }, 120_000);
 
   test("what cannot be traced or replayed is said", async () => {
     for (const [words, message, code] of [
@@ -302,5 +319,5 @@ describe("traces", () => {
       expect(stderr).toMatch(message);
       expect(status).toBe(code);
     }
-  }, 60_000);
+  }, 120_000);
 });

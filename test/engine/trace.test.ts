@@ -11,7 +11,14 @@ import type { Plan } from "../../src/plan";
 import { judge, openTrace, parseCandidate, policyNames, replayRecorded } from "../../src/replay";
 import { traceHeader } from "../../src/trace";
 import { makeFixture } from "../fixtures";
-import { type PolicyKind, planFor, policyKinds, someTokens, withPool } from "../golden/compare";
+import {
+  type PolicyKind,
+  planFor,
+  policyKinds,
+  someTokens,
+  withPool,
+  withPrediction,
+} from "../golden/compare";
 
 const kinds = ["tiny-llama", "tiny-mixtral", "tiny-qwen3moe", "tiny-mixed"] as const;
 const sizes = ["minimum", "quarter", "half"] as const;
@@ -28,7 +35,8 @@ beforeAll(async () => {
 });
 
 function tracedPlan(kind: string, size: (typeof sizes)[number], policy: PolicyKind): Plan {
-  const plan = withPool(planFor(models.get(kind) ?? "", { mode: "stream", threads: 1 }), size, policy);
+  const pooled = withPool(planFor(models.get(kind) ?? "", { mode: "stream", threads: 1 }), size, policy);
+  const plan = policy === "lru" || policy === "lfu-decay" ? withPrediction(pooled) : pooled;
   const streaming = plan.streaming as NonNullable<Plan["streaming"]>;
   return {
     ...plan,

@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { readMachine } from "../../src/machine";
 import { openModelFile } from "../../src/modelfile";
 import { type CachePolicy, makePlan, noLimits, type Plan, type PlanLimits } from "../../src/plan";
+import { predictionOf } from "../../src/plan-prediction";
 
 const program = join(import.meta.dir, "..", "..", "build", "native", "hypura-logits");
 
@@ -103,6 +104,16 @@ export function withPool(plan: Plan, size: PoolSize, kind: PolicyKind): Plan {
     return { ...one, slotCount, policy };
   });
   return { ...plan, streaming: { ...streaming, classes } };
+}
+
+/** The same plan with experts read before their router has chosen them, however small the pool, where that can be. */
+export function withPrediction(plan: Plan): Plan {
+  const { streaming } = plan;
+  if (streaming === null) {
+    throw new Error(`${plan.model.name} does not stream`);
+  }
+  const { model } = openModelFile(plan.files[0]?.path ?? "");
+  return { ...plan, streaming: { ...streaming, prediction: predictionOf(model, streaming.tensors) } };
 }
 
 function slotsOf(size: PoolSize, strides: number): number {

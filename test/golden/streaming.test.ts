@@ -19,6 +19,7 @@ import {
   poolSizes,
   someTokens,
   withPool,
+  withPrediction,
 } from "./compare";
 
 const subjects: readonly {
@@ -54,6 +55,8 @@ interface Case {
   readonly promptTokens: number;
   readonly threads: number;
   readonly ubatch: number;
+  /** Experts are read before their router has chosen them. */
+  readonly predicts: boolean;
 }
 
 function wholeMatrix(): readonly Case[] {
@@ -62,7 +65,15 @@ function wholeMatrix(): readonly Case[] {
       policyKinds.flatMap((policy) =>
         promptLengths.flatMap((promptTokens) =>
           threadCounts.flatMap((threads) =>
-            ubatches.map((ubatch) => ({ subject, pool, policy, promptTokens, threads, ubatch })),
+            ubatches.map((ubatch) => ({
+              subject,
+              pool,
+              policy,
+              promptTokens,
+              threads,
+              ubatch,
+              predicts: (threads + ubatch + promptTokens) % 4 < 2,
+            })),
           ),
         ),
       ),
@@ -82,14 +93,15 @@ function sample(seed: number): readonly Case[] {
       promptTokens: random.pick(promptLengths),
       threads: i === subject % poolSizes.length ? 2 : 1,
       ubatch: random.pick(ubatches),
+      predicts: i !== subject % poolSizes.length,
     }));
   });
 }
 
 const cases = process.env["HYPURA_SOAK"] === "1" ? wholeMatrix() : sample(20_251_121);
 
-function titleOf({ subject, pool, policy, promptTokens, threads, ubatch }: Case): string {
-  return `${subjects[subject]?.name}: pool ${pool}, ${policy}, prompt ${promptTokens}, threads ${threads}, ubatch ${ubatch}`;
+function titleOf({ subject, pool, policy, promptTokens, threads, ubatch, predicts }: Case): string {
+  return `${predicts ? "predicted, " : ""}${subjects[subject]?.name}: pool ${pool}, ${policy}, prompt ${promptTokens}, threads ${threads}, ubatch ${ubatch}`;
 }
 
 describe.skipIf(!hasLogits())("logits of streamed weights equal those of resident ones", () => {
@@ -106,8 +118,9 @@ describe.skipIf(!hasLogits())("logits of streamed weights equal those of residen
   afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
   test.each(cases.map((one) => [titleOf(one), one] as const))("%s", async (_, one) => {
+    const pooled = withPool(plans[one.subject] as Plan, one.pool, one.policy);
     const plan: Plan = {
-      ...withPool(plans[one.subject] as Plan, one.pool, one.policy),
+      ...(one.predicts ? withPrediction(pooled) : pooled),
       decodeThreads: one.threads,
       prefillThreads: one.threads,
       ubatchTokens: one.ubatch,

@@ -32,6 +32,9 @@ void consume(StreamRig& rig, uint64_t seed, bool fatal, Tally* tally) {
             if (random.chance(6)) {
                 uint32_t ahead[3] = {random.below(count), random.below(count), random.below(count)};
                 rig.stream.prefetch({ahead, 3});
+                if (random.chance(2)) {
+                    rig.stream.retract({ahead, 1 + random.below(3)}); // whatever became of them meanwhile
+                }
             }
             Status status = rig.op(op);
             tally->ops++;

@@ -39,7 +39,7 @@ test("devices: the processor is one, and no streaming device", async () => {
 
 test.each(["copy", "scan"])("%s: at least one pass", async (name) => {
   const [chunk] = await answers(name, { threads: 2, bufferBytes: 8_388_608, durationNs: 0 });
-  expect(chunk?.data).toEqual({ bytes: 8_388_608, ns: expect.any(Number) });
+  expect(chunk?.data).toEqual({ bytes: 8_388_608, ns: expect.any(Number), threadNs: expect.any(Number) });
 });
 
 test("products: every type of weights that there is, in the order that was asked", async () => {

@@ -81,6 +81,8 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   ["src/plan-json", []],
   ["src/plan-resident", []],
   ["src/plan-speculation", []],
+  ["src/plan-prediction", []],
+  ["src/plan-draft", []],
   ["src/plan-stream", []],
   ["src/plan-task", []],
   // A simplex is a pure function too.
@@ -175,7 +177,8 @@ function mayInclude(file: string, name: string): boolean {
   }
   if (ggmlPublic.test(name)) {
     return (
-      ["engine.cpp", "products.cpp", "tasks.cpp"].includes(file) || /^(backend|computer)\.(cpp|h)$/.test(file)
+      ["engine.cpp", "products.cpp", "tasks.cpp"].includes(file) ||
+      /^(backend|computer|predictor)\.(cpp|h)$/.test(file)
     );
   }
   if (name === "json.h") {

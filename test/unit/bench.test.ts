@@ -8,6 +8,7 @@ import {
   type Ceilings,
   disagreement,
   figuresOf,
+  higherOf,
   type MeasuredPlan,
   medianOf,
   orderOfRuns,
@@ -148,6 +149,16 @@ describe("the bound", () => {
     expect(outcomeOf(report(), unseen, { plan: streamingPlan, ceilings: volume(2e9) }).status).toBe(
       "finished",
     );
+  });
+
+  test("the better of two measurements counts, and none is none", () => {
+    const memory = { bytesPerSecond: 5, cacheBytes: 1 };
+    expect(higherOf(volume(1), { volumeBytesPerSecond: 2, memory })).toEqual({
+      volumeBytesPerSecond: 2,
+      memory,
+    });
+    expect(higherOf({ volumeBytesPerSecond: 3, memory }, volume(null)).volumeBytesPerSecond).toBe(3);
+    expect(higherOf(volume(null), volume(null))).toEqual(volume(null));
   });
 
   test("reads that are faster than the volume are refused, with both numbers", () => {

@@ -48,6 +48,8 @@ function prepared(of: GenerateWork, more: Partial<Prepared> = {}): Prepared {
     route: "POST /v1/chat/completions",
     body: { messages: [] },
     promptTokens: 26,
+    promptIds: null,
+    messages: [],
     promptText: "<user>x<assistant>",
     splitThoughts: "no",
     ...more,

@@ -18,6 +18,8 @@ function counters(values: Partial<StreamingCounters>): StreamingCounters {
     ops: 0,
     delegateCalls: 0,
     waves: 0,
+    predictedExperts: 0,
+    rightExperts: 0,
     gatheredProducts: 0,
     hits: 0,
     lateHits: 0,
