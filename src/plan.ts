@@ -134,9 +134,11 @@ export interface Streaming {
 export interface Speculation {
   /** Guessed at once, at most. */
   readonly maxTokens: number;
-  /** Guesses what followed the last `matchTokens` tokens before, in prompt and answer. */
+  /** Guesses what followed the last tokens before, in prompt and answer: `longMatchTokens` of them, else `matchTokens`. */
   readonly fromContext: boolean;
   readonly matchTokens: number;
+  /** 0: not asked. */
+  readonly longMatchTokens: number;
   /** A small model with the same vocabulary that guesses where the context gives nothing. */
   readonly draftPath: string | null;
   /** What identifies it whatever its file is called (modelKeyOf); native code does not ask. */
