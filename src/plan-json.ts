@@ -176,6 +176,7 @@ const plan = object({
       maxTokens: whole(1, 65_535),
       fromContext: flag,
       matchTokens: whole(0, 65_535),
+      longMatchTokens: whole(0, 65_535),
       draftPath: nullable(text),
       draftKey: nullable(text),
       draftProbability: number,

@@ -10,10 +10,14 @@ import { type GuessExperience, modelKeyOf } from "./plan-history";
 import { bytesText, countText, durationText, rateText } from "./text";
 
 /**
- * What followed the last two tokens before: with it the most was accepted of the sources that need no second model
- * (test/bench/NOTES.md).
+ * What followed the newest match of the last three tokens, else of the last one: of llama.cpp's rules that need no second
+ * model the best in each kind of text (replayed, test/bench/NOTES.md). Of a mixture of experts a guess on so little costs
+ * reads, and a draft model, which is asked last, is right more often than it: there more has to match.
  */
-const matchTokens = 2;
+const longMatchTokens = 3;
+function matchTokensOf(model: Model, draft: Draft | null): number {
+  return draft !== null ? longMatchTokens : model.kind === "mixture-of-experts" ? 2 : 1;
+}
 /** Where nothing was measured: on two cores a pass over a streamed 6 GB model took as long for 8 tokens as for 1. */
 const usualPassTokens = 8;
 const mostTokens = 15;
@@ -57,14 +61,14 @@ export interface SpeculationChoice {
 
 /** `placement` and `speeds` as of the plan; `batchTokens` is what one pass may hold over all slots. */
 export function chooseSpeculation(facts: SpeculationFacts, batchTokens: number): SpeculationChoice {
-  const { limits, model, placement, experience, draft } = facts;
+  const { limits, model, placement, experience } = facts;
   const wish = limits.speculation ?? "auto";
   const room = Math.floor(batchTokens / (limits.slotCount ?? 1)) - 1;
   if (wish === "off" || room < 1) {
     return off(wish === "off" ? "asked for" : "a pass has no room for guesses");
   }
   if (wish !== "auto") {
-    return on(Math.min(wish, room), draft, "asked for");
+    return on(facts, Math.min(wish, room), "asked for");
   }
   if (placement.classes.length === 0) {
     return off("no weights are read for a pass: a guess costs as much as a token");
@@ -74,7 +78,7 @@ export function chooseSpeculation(facts: SpeculationFacts, batchTokens: number):
   }
   const own = ownRuns(experience);
   if (own !== null) {
-    return own.isFaster ? on(Math.min(own.maxTokens, room), draft, own.reason) : off(own.reason);
+    return own.isFaster ? on(facts, Math.min(own.maxTokens, room), own.reason) : off(own.reason);
   }
   if (model.kind === "mixture-of-experts") {
     return off("each guess reads experts of its own, and no own run showed a gain: try --speculation 4");
@@ -83,7 +87,7 @@ export function chooseSpeculation(facts: SpeculationFacts, batchTokens: number):
   const depth = Math.min(room, flatTokens(facts));
   if (depth >= 1) {
     const tokens = countText(slotCount * (depth + 1));
-    return on(depth, draft, `a pass of ${tokens} tokens reads what a pass of one reads`);
+    return on(facts, depth, `a pass of ${tokens} tokens reads what a pass of one reads`);
   }
   return slotCount === 1
     ? off("computing, not the disk, is what a pass takes")
@@ -94,14 +98,15 @@ function off(reason: string): SpeculationChoice {
   return { speculation: null, choice: { name: "speculation", value: "off", reason } };
 }
 
-function on(maxTokens: number, draft: Draft | null, reason: string): SpeculationChoice {
+function on({ model, draft }: SpeculationFacts, maxTokens: number, reason: string): SpeculationChoice {
   const source =
     draft === null ? "guessed from the context" : `guessed from the context and by ${draft.name}`;
   return {
     speculation: {
       maxTokens,
       fromContext: true,
-      matchTokens,
+      matchTokens: matchTokensOf(model, draft),
+      longMatchTokens,
       draftPath: draft?.path ?? null,
       draftKey: draft === null ? null : modelKeyOf(draft.model),
       draftProbability: draft === null ? 0 : draftProbability,

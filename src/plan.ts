@@ -134,9 +134,11 @@ export interface Streaming {
 export interface Speculation {
   /** Guessed at once, at most. */
   readonly maxTokens: number;
-  /** Guesses what followed the last `matchTokens` tokens before, in prompt and answer. */
+  /** Guesses what followed the last tokens before, in prompt and answer: `longMatchTokens` of them, else `matchTokens`. */
   readonly fromContext: boolean;
   readonly matchTokens: number;
+  /** 0: not asked. */
+  readonly longMatchTokens: number;
   /** A small model with the same vocabulary that guesses where the context gives nothing. */
   readonly draftPath: string | null;
   /** What identifies it whatever its file is called (modelKeyOf); native code does not ask. */
@@ -289,6 +291,11 @@ function planned(task: Task): Plan | null {
 
 export function totalBytes(memory: MemoryUse): number {
   return sumOf(memory);
+}
+
+/** On all GPUs together; 0 where none is used. */
+export function gpuTotalBytes({ gpuMemory }: Pick<Plan, "gpuMemory">): number {
+  return gpuMemory === null ? 0 : sumOf(gpuMemory);
 }
 
 /** What a run of this plan did, to be kept for the next plan; null where there is nothing to compare it with. */

@@ -37,7 +37,7 @@ import {
   pullReply,
 } from "./ollama-request";
 import { parseV1, type V1Endpoint, v1Error, v1ModelAsked, v1ModelMissing } from "./openai";
-import { totalBytes } from "./plan";
+import { gpuTotalBytes, totalBytes } from "./plan";
 import { PrefixSlots } from "./prefix-slots";
 import { type Fields, readBody } from "./wire-body";
 import { WireError, wireErrorOf } from "./wire-error";
@@ -458,8 +458,8 @@ function running(desk: Desk): readonly object[] {
       : expires.toISOString();
   return [
     psEntry(model.served, {
-      residentBytes: totalBytes(plan.memory),
-      gpuBytes: 0,
+      residentBytes: totalBytes(plan.memory) + gpuTotalBytes(plan),
+      gpuBytes: gpuTotalBytes(plan),
       expiresAt,
       contextTokens: info.contextTokens,
     }),
@@ -577,7 +577,7 @@ async function metrics(desk: Desk): Promise<string> {
             model: residence.model.name,
             mode: residence.plan.mode,
             ramBytes: totalBytes(residence.plan.memory),
-            gpuBytes: 0,
+            gpuBytes: gpuTotalBytes(residence.plan),
             nvmeBytes: residence.plan.tensors.reduce(
               (sum, { tier, sizeBytes }) => sum + (tier === "nvme" ? sizeBytes : 0),
               0,

@@ -162,9 +162,11 @@ PlanSpeculation parse_speculation(const common_json & json) {
     s.max_tokens = u32(json, "maxTokens");
     s.from_context = json.at("fromContext").get<bool>();
     s.match_tokens = u32(json, "matchTokens");
+    s.long_match_tokens = u32(json, "longMatchTokens");
     s.draft_path = json.at("draftPath").is_null() ? "" : json.at("draftPath").get<std::string>();
     s.draft_probability = json.at("draftProbability").get<double>();
     if (s.max_tokens == 0 || s.max_tokens > UINT16_MAX || s.match_tokens > UINT16_MAX ||
+        s.long_match_tokens > UINT16_MAX ||
         (s.from_context && s.match_tokens == 0) || !(s.draft_probability >= 0 && s.draft_probability <= 1)) {
         throw std::runtime_error("the speculation of the plan is out of range");
     }
@@ -469,6 +471,11 @@ namespace {
 
 void set_speculation(common_params & p, const PlanSpeculation & s) {
     p.speculative.types.clear();
+    if (s.from_context && s.long_match_tokens > 0) {
+        p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE);
+        p.speculative.ngram_simple.size_n = static_cast<uint16_t>(s.long_match_tokens);
+        p.speculative.ngram_simple.size_m = static_cast<uint16_t>(s.max_tokens);
+    }
     if (s.from_context) {
         p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_NGRAM_MAP_K);
         p.speculative.ngram_map_k.size_n = static_cast<uint16_t>(s.match_tokens);

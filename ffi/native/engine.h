@@ -80,6 +80,7 @@ struct PlanSpeculation {
     uint32_t max_tokens = 0;   // guessed at once, at most
     bool from_context = false; // what followed the last match_tokens before, in prompt and answer
     uint32_t match_tokens = 0;
+    uint32_t long_match_tokens = 0; // before that: what followed the newest match of so many; 0: not asked
     std::string draft_path;        // of a small model with the same vocabulary; empty: none
     double draft_probability = 0; // a draft ends before a token that the draft model holds less likely
 };

@@ -7,6 +7,7 @@ import { openChildEngine } from "../../src/child";
 import { openEngine } from "../../src/engine";
 import { generate } from "../../src/generate";
 import type { LibraryModel } from "../../src/library";
+import { totalBytes } from "../../src/plan";
 import { until } from "../engine/process";
 import {
   allLines,
@@ -363,6 +364,23 @@ describe("the line", () => {
 });
 
 describe("models", () => {
+  test("tell what they take of which memory", async () => {
+    const gpuMemory = { weightBytes: 3_000_000, kvBytes: 200_000, stateBytes: 0, computeBytes: 10_000 };
+    const server = await startServer([files.endless], {
+      // This machine may have no GPU: what is told is the plan's, what runs is not.
+      open: async (plan, how) => openChildEngine({ ...plan, gpuMemory: null }, how),
+    });
+    const model = server.models[0] as LibraryModel;
+    const plan = await model.plan();
+    spyOn(model, "plan").mockImplementation(async () => ({ ...plan, gpuMemory }));
+    await (await post(`${server.url}/api/generate`, { model: "endless" })).text();
+    const [entry] = await running(server);
+    expect(entry).toMatchObject({ size: totalBytes(plan.memory) + 3_210_000, size_vram: 3_210_000 });
+    const metrics = await (await fetch(`${server.url}/metrics`)).text();
+    expect(metrics).toContain('hypura_memory_bytes{model="endless:latest",tier="gpu"} 3210000');
+    await server.stop();
+  });
+
   test("take turns, and what is said of them is true", async () => {
     const server = await startServer([files.endless, files.experts]);
     expect(await running(server)).toEqual([]);

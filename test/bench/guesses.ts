@@ -10,6 +10,8 @@ export const densePassCost: PassCost = (tokens) =>
   tokens <= 8 ? 1 + (0.01 * (tokens - 1)) / 7 : 1.01 + (0.37 * (tokens - 8)) / 8;
 
 export interface Guesser {
+  /** Told once, before the first guess. */
+  begin?(promptTokens: number): void;
   /** What may follow `seen`, whose last token was just drawn. */
   guess(seen: readonly number[]): readonly number[];
   /** So many of the last guess were right. */
@@ -24,23 +26,80 @@ function endsAlike(seen: readonly number[], at: number, length: number): boolean
 }
 
 /**
- * llama.cpp's map of keys (common/ngram-map.cpp): the newest earlier place with the same last `match` tokens, not nearer
- * than a whole guess; a key never guesses more than was right the last time it did, so that one that was wholly wrong
- * is silent ever after.
+ * llama.cpp's map of keys (common_ngram_map_draft): a place with the same last `match` tokens, not nearer than a whole
+ * guess; the newest when it was first looked for, and that place ever after. A key never guesses more than was right the
+ * last time it did, so that one that was wholly wrong is silent for good.
  */
 export function mapOfKeys(match: number, most: number): Guesser {
   const right = new Map<string, number>();
+  const places = new Map<string, number>();
+  let known = 0;
+  let promptEnd = 0;
   let last = "";
+  const keyAt = (seen: readonly number[], at: number): string => seen.slice(at, at + match).join(" ");
+  return {
+    begin(promptTokens) {
+      promptEnd = promptTokens;
+    },
+    guess(seen) {
+      const length = seen.length - 1; // the core keeps the last token apart
+      if (length < 2 * match + most) return [];
+      last = keyAt(seen, seen.length - match);
+      const fresh: number[] = [];
+      for (let at = promptEnd - match - most - 1; at > known; at--) fresh.push(at);
+      for (let at = length - match - most - 1; at > promptEnd && at > known; at--) fresh.push(at);
+      const old = places.get(last);
+      const place =
+        old !== undefined && old < length - match - most - 1
+          ? old
+          : fresh.find((at) => endsAlike(seen, at, match));
+      for (const at of fresh) {
+        const key = keyAt(seen, at);
+        if (!places.has(key)) places.set(key, at);
+      }
+      known = Math.max(known, length - match - most - 1);
+      const count = Math.min(most, right.get(last) ?? most);
+      return place === undefined ? [] : seen.slice(place + match, place + match + count);
+    },
+    learn: (accepted) => right.set(last, accepted),
+  };
+}
+
+/**
+ * llama.cpp's simple rule (common_ngram_simple_draft): the newest earlier place with the same last `match` tokens and at
+ * least as many after it; it holds nothing against a place.
+ */
+export function newestPlace(match: number, most: number): Guesser {
   return {
     guess(seen) {
-      last = seen.slice(-match).join(" ");
-      const count = Math.min(most, right.get(last) ?? most);
-      for (let at = seen.length - match - most - 1; at > 0; at--) {
-        if (endsAlike(seen, at, match)) return seen.slice(at + match, at + match + count);
+      if (seen.length - 1 <= match + most + 1) return [];
+      for (let at = seen.length - match - 2; at > 0; at--) {
+        if (!endsAlike(seen, at, match)) continue;
+        const count = Math.min(most, seen.length - 1 - (at + match));
+        return count < match ? [] : seen.slice(at + match, at + match + count);
       }
       return [];
     },
-    learn: (accepted) => right.set(last, accepted),
+    learn() {},
+  };
+}
+
+/** As llama.cpp joins its sources: the first that has something to say; only it learns. */
+export function firstOf(...guessers: readonly Guesser[]): Guesser {
+  let last: Guesser | undefined;
+  return {
+    begin(promptTokens) {
+      for (const guesser of guessers) guesser.begin?.(promptTokens);
+    },
+    guess(seen) {
+      for (const guesser of guessers) {
+        const guessed = guesser.guess(seen);
+        last = guesser;
+        if (guessed.length > 0) return guessed;
+      }
+      return [];
+    },
+    learn: (accepted) => last?.learn(accepted),
   };
 }
 
@@ -80,6 +139,7 @@ export function replayGuesses(
   cost: PassCost,
 ): Replayed {
   const seen = [...prompt, ...answer.slice(0, 1)];
+  guesser.begin?.(prompt.length);
   let [passes, drafted, accepted, seconds] = [0, 0, 0, 0];
   for (let at = 1; at < answer.length; ) {
     const guessed = guesser.guess(seen).slice(0, answer.length - at - 1);

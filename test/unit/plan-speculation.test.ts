@@ -41,7 +41,7 @@ function choose(change: Partial<SpeculationFacts>, limits: Partial<PlanLimits> =
 
 describe("guesses", () => {
   test("auto guesses for a dense model that streams, and for no other", () => {
-    expect(choose({})).toMatchObject({ maxTokens: 7, fromContext: true, matchTokens: 2 });
+    expect(choose({})).toMatchObject({ maxTokens: 7, fromContext: true, matchTokens: 1, longMatchTokens: 3 });
     expect(choose({ model: experts })).toBeNull();
     expect(choose({ placement: resident })).toBeNull();
     expect(choose({ model: recurrent })).toBeNull();
