@@ -401,7 +401,7 @@ async function flips(): Promise<void> {
     await using offTeller = await open("off", plain);
     await using onTeller = await open("on", { ...on, repack: false });
     for (const { prompt } of prompts) {
-      const asked = { chat: prompt, tokens };
+      const asked = { chat: prompt, tokens, whole: true };
       const without = await offTeller.ask({ ...asked, margins: true });
       const guessed = await onTeller.ask(asked);
       const asTold = (one: Figures): Told => ({ ...one, tokens: one.ids });

@@ -18,6 +18,8 @@ export interface Asked {
   readonly pieces?: readonly string[];
   /** Weights of such pieces. */
   readonly bias?: readonly (readonly [string, number])[];
+  /** In one piece: tokens that end amid a character are missing from a stream. */
+  readonly whole?: boolean;
   /** Asks how sure the model was of each token, which takes time. */
   readonly margins?: boolean;
 }
@@ -104,7 +106,7 @@ async function answer(engine: Engine, asked: Asked): Promise<Figures> {
     n_predict: asked.tokens,
     temperature: 0,
     cache_prompt: false,
-    stream: true,
+    stream: asked.whole !== true,
     return_tokens: true,
     timings_per_token: true,
     ...(asked.grammar === undefined ? {} : { grammar: asked.grammar }),
