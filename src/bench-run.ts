@@ -7,6 +7,7 @@ import { join } from "node:path";
 import type { RunEvent, RunOrder, RunReport } from "./bench";
 import { type Engine, openEngine } from "./engine";
 import { HypuraError } from "./errors";
+import { peakMemoryBytes } from "./machine";
 import type { MemoryGroup } from "./memory-group";
 import { countersSince, type StreamingCounters } from "./streaming";
 
@@ -48,7 +49,7 @@ async function measure(order: RunOrder, event: (one: RunEvent) => Promise<void>)
             prompt: decoded.atFirst - atLoad,
             decode: decoded.atEnd - decoded.atFirst,
           },
-    peakBytes: process.resourceUsage().maxRSS * 1024,
+    peakBytes: peakMemoryBytes(),
   };
 }
 

@@ -243,6 +243,15 @@ function outputOf(command: string[]): string {
 
 // ---- the processor and the volumes, for who measures them ----------------------------------------------------------
 
+/**
+ * The most memory that this process ever held. Not getrusage's figure where the kernel tells: that one begins with what
+ * the parent held when it started this process.
+ */
+export function peakMemoryBytes(read: Read = textOf): number {
+  const kilobytes = /^VmHWM:\s+(\d+) kB$/m.exec(read("/proc/self/status") ?? "")?.[1];
+  return kilobytes === undefined ? process.resourceUsage().maxRSS * 1024 : Number(kilobytes) * 1024;
+}
+
 export interface Processor {
   readonly model: string;
   /** Processors that the system shows this process, hyper-threads included. */

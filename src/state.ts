@@ -69,11 +69,15 @@ export function removeState(name: string): void {
 export function writeState(name: string, text: string): void {
   const path = join(stateFolder(), name);
   const temporary = `${path}.${process.pid}.tmp`;
+  const bytes = Buffer.from(text);
   try {
     mkdirSync(dirname(path), { recursive: true, mode: 0o700 });
     const descriptor = openSync(temporary, "w", 0o600);
     try {
-      writeSync(descriptor, text);
+      // A write may end short without an error (a disk that is almost full): the next one tells why.
+      for (let at = 0; at < bytes.length; ) {
+        at += writeSync(descriptor, bytes, at);
+      }
       fsyncSync(descriptor);
     } finally {
       closeSync(descriptor);

@@ -97,5 +97,6 @@ function hitRateOf(streaming: StreamingCounters | null): number | null {
   if (streaming === null) return null;
   const asked = streaming.hits + streaming.lateHits + streaming.misses;
   const read = streaming.demandReads + streaming.prefetchReads - streaming.droppedPrefetches;
-  return asked === 0 ? null : Math.max(0, 1 - read / asked);
+  // Reads that were dropped may have been queued before the counting began.
+  return asked === 0 ? null : Math.min(1, Math.max(0, 1 - read / asked));
 }

@@ -13,6 +13,7 @@ import {
   type Message,
   type Prompt,
 } from "../generate";
+import { peakMemoryBytes } from "../machine";
 import { type Plan, totalBytes } from "../plan";
 import { guessSources, layersOf, layersText, streamingText } from "../streaming";
 import { bytesText, countText, durationText } from "../text";
@@ -342,7 +343,7 @@ async function answerOnce(
       mode: plan.mode,
       ...answer,
       predicted: { decodeTokensPerSecond, basis },
-      peakBytes: peakBytes(),
+      peakBytes: peakMemoryBytes(),
       streaming,
     };
     await print(`${JSON.stringify(facts)}\n`);
@@ -385,7 +386,7 @@ function summary({ plan, info }: Engine, answer: Answer): string {
   return [
     speedText(answer, plan),
     `${plan.mode}: ${bytesText(weightBytes + poolBytes)} in ram${pool}, ${bytesText(nvmeBytes)} on nvme`,
-    `peak ${bytesText(peakBytes())} of ${bytesText(totalBytes(plan.memory))} planned`,
+    `peak ${bytesText(peakMemoryBytes())} of ${bytesText(totalBytes(plan.memory))} planned`,
     endText(answer, info.contextTokens),
   ].join(", ");
 }
@@ -401,9 +402,4 @@ function endText({ finish, timings }: Answer, contextTokens: number): string {
     case "cancelled":
       return "stopped by Ctrl-C";
   }
-}
-
-/** The most memory this process ever held. */
-function peakBytes(): number {
-  return process.resourceUsage().maxRSS * 1024;
 }

@@ -15,7 +15,7 @@ import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { planOf } from "../../src/api";
 import { openEngine } from "../../src/engine";
-import type { Machine } from "../../src/machine";
+import { type Machine, peakMemoryBytes } from "../../src/machine";
 import { type ModelFile, openModelFile } from "../../src/modelfile";
 import { type MeasuredRun, noLimits, type Plan, runOf, totalBytes } from "../../src/plan";
 import { loadMachine } from "../../src/profile";
@@ -98,7 +98,7 @@ async function runTask(task: Task): Promise<Outcome> {
     hitRate: share?.hitRate ?? null,
   });
   if (run === null) throw new Error("the machine has no profile");
-  return { plan, run, peakBytes: process.resourceUsage().maxRSS * 1024 };
+  return { plan, run, peakBytes: peakMemoryBytes() };
 }
 
 async function inChild(task: Task, folder: string): Promise<Outcome> {

@@ -5,6 +5,7 @@
 import { mkdirSync, readFileSync, rmdirSync, writeFileSync } from "node:fs";
 import { createInterface } from "node:readline";
 import { type Engine, openEngine } from "../../src/engine";
+import { peakMemoryBytes } from "../../src/machine";
 import type { Plan } from "../../src/plan";
 import { countersSince, type StreamingCounters } from "../../src/streaming";
 import { traceHeader } from "../../src/trace";
@@ -143,7 +144,7 @@ async function answer(engine: Engine, { promptTokens, tokens, seed }: Question):
     decodeTokensPerSecond: timings.predicted_per_second,
     prompt: before !== null && between !== null ? countersSince(before, between) : null,
     decode: between !== null && after !== null ? countersSince(between, after) : null,
-    peakBytes: process.resourceUsage().maxRSS * 1024,
+    peakBytes: peakMemoryBytes(),
     writtenBytes: Number(written),
   };
 }

@@ -169,7 +169,7 @@ describe("streams", () => {
     const outcome = await hypura(["run", model, ...args]);
     expect(outcome.stdout).toBe(`${text}\n`);
     expect(outcome.stderr).toMatch(
-      /^12 tokens at [\d.]+ tok\/s, prompt \d+ at [^\n]+full-resident: [^\n]+\n$/,
+      /^12 tokens at [\d.]+ tok\/s(?: \([\d.]+ tok\/s predicted\))?, prompt \d+ at [^\n]+full-resident: [^\n]+\n$/,
     );
     expect(outcome.stderr).not.toContain("\x1b");
   });

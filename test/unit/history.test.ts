@@ -1,7 +1,7 @@
 // Kept runs: they come back as they were, what is damaged is said and left out, and the document stays small.
 
 import { afterAll, beforeEach, expect, test } from "bun:test";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { keepRun, readHistory } from "../../src/history";
@@ -81,3 +81,29 @@ test("what is damaged is said, and the rest is used", () => {
     expect(notes).toHaveLength(1);
   }
 });
+
+test.skipIf(process.platform !== "linux")(
+  "a disk that takes only a part leaves the document as it was",
+  async () => {
+    for (let i = 0; i < 30; i++) keepRun(run);
+    const whole = readFileSync(document, "utf8");
+    expect(whole.length).toBeGreaterThan(4096);
+    const more = `import { keepRun, readHistory } from ${JSON.stringify(join(import.meta.dir, "../../src/history"))};
+    keepRun(readHistory()[0]);`;
+    const script = join(folder, "more.ts");
+    writeFileSync(script, more);
+    // No file of this process may grow past 4 KiB; the signal that says so is ignored, as for a full disk.
+    const child = Bun.spawn(
+      ["bash", "-c", `trap '' XFSZ; ulimit -f 4; exec "$0" "$1"`, process.execPath, script],
+      {
+        env: process.env,
+        stdout: "pipe",
+        stderr: "pipe",
+      },
+    );
+    expect(await new Response(child.stderr).text()).toContain("cannot be written");
+    expect(await child.exited).not.toBe(0);
+    expect(readFileSync(document, "utf8")).toBe(whole);
+    expect(readdirSync(folder).filter((name) => name.endsWith(".tmp"))).toEqual([]);
+  },
+);

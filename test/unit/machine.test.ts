@@ -8,6 +8,7 @@ import {
   type Machine,
   mountOf,
   parseCpuList,
+  peakMemoryBytes,
   readMachine,
   readProcessor,
   validateMachine,
@@ -180,4 +181,10 @@ describe("a machine from a file", () => {
       expect(() => validateMachine(json)).toThrow(HypuraError);
     }
   });
+});
+
+test("the peak is this process's own, not what its parent held", () => {
+  expect(peakMemoryBytes(() => "Name:\tbun\nVmPeak:\t 900 kB\nVmHWM:\t    1234 kB\n")).toBe(1234 * 1024);
+  // Without the kernel's word it is what getrusage says.
+  expect(peakMemoryBytes(() => null)).toBe(process.resourceUsage().maxRSS * 1024);
 });
