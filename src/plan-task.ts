@@ -138,12 +138,18 @@ function kvTypeOf(model: Model, limits: PlanLimits): string {
 
 /**
  * Reads of 1 MiB and less by eight threads reach what the disk gives, and no single one holds a thread for long
- * (test/bench/NOTES.md); another shape is taken where this very disk was measured to give a twentieth more.
+ * (test/bench/NOTES.md); another shape is taken where this very disk was measured to give a quarter more.
  */
 const usualReader: ReaderShape = { threads: 8, pieceBytes: 1_048_576 };
 
 /** Each thread has a buffer of a piece: no more of the budget than this goes there. */
 const readerShare = 1 / 32;
+
+/**
+ * The best of many short measurements is partly luck, and two readers that gave a fifth more there made tokens 5 % longer
+ * (test/bench/NOTES.md): another shape has to promise this much.
+ */
+const shapeGain = 1.25;
 
 function readerOf(model: Model, machine: Machine, budget: number): Task["reader"] {
   const storage = machine.profile?.storage[0];
@@ -161,7 +167,7 @@ function readerOf(model: Model, machine: Machine, budget: number): Task["reader"
     measured.threads <= 64 &&
     measured.threads * pieceBytes <=
       Math.max(readerShare * budget, usualReader.threads * usualReader.pieceBytes);
-  return isUsable && bandwidth(measured) > 1.05 * bandwidth(usualReader)
+  return isUsable && bandwidth(measured) > shapeGain * bandwidth(usualReader)
     ? { ...measured, reason: `measured: ${bandwidthText(bandwidth(measured))}` }
     : {
         ...usualReader,

@@ -10,6 +10,7 @@ import { join } from "node:path";
 import { planOf } from "../../src/api";
 import { openModelFile } from "../../src/modelfile";
 import type { Plan, SlotClass } from "../../src/plan";
+import type { StreamingCounters } from "../../src/streaming";
 import { bandwidthText, bytesText, durationText } from "../../src/text";
 import { headerLength, parseHeader, traceEvents, traceStartBytes } from "../../src/trace";
 import { median } from "./measure";
@@ -106,8 +107,13 @@ function dropCached(file: string): void {
   Bun.spawnSync(["dd", `if=${file}`, "iflag=nocache", "count=0"], { stderr: "ignore" });
 }
 
-function streamedBytes(plan: Plan): number {
-  return plan.tensors.reduce((sum, { tier, sizeBytes }) => sum + (tier === "nvme" ? sizeBytes : 0), 0);
+/** Every stride once for each pass that touches it. */
+function askedBytes({ streaming }: Plan, counters: StreamingCounters | null): number {
+  return (streaming?.tensors ?? []).reduce(
+    (sum, { classIndex }, i) =>
+      sum + (counters?.tensors[i]?.asked ?? 0) * (streaming?.classes[classIndex]?.strideBytes ?? 0),
+    0,
+  );
 }
 
 /** Decoding under the limit, beside the same kernels with everything in memory. */
@@ -239,9 +245,11 @@ async function moe(): Promise<void> {
   if (only === undefined || only === "prefill") {
     await using streamed = await openSubject("prefill", plan, groupBytes);
     const { prompt } = await streamed.ask({ promptTokens: 512, tokens: 2, seed: 1 });
+    const touched = askedBytes(plan, prompt);
+    const read = prompt?.readBytes ?? 0;
     say(
       "prefill of 512, cold",
-      `read ${bytesText(prompt?.readBytes ?? 0)} of ${bytesText(streamedBytes(plan))} streamed, ratio ${((prompt?.readBytes ?? 0) / streamedBytes(plan)).toFixed(4)}, passes ${prompt?.passes}`,
+      `read ${bytesText(read)} of ${bytesText(touched)} that ops asked for in ${prompt?.passes} passes, ratio ${(read / touched).toFixed(4)}`,
     );
   }
   if (only === undefined || only === "stock") {
@@ -277,7 +285,7 @@ async function dense(): Promise<void> {
     const last = await streamed.ask({ promptTokens: 512, tokens: 2, seed: 1 });
     say(
       "prefill of 512",
-      `read ${bytesText(last.prompt?.readBytes ?? 0)} in ${last.prompt?.passes} passes of ${bytesText(plan.streaming?.touchedBytesPerToken ?? 0)} touched, ${durationText(last.promptSeconds)}`,
+      `read ${bytesText(last.prompt?.readBytes ?? 0)} of ${bytesText(askedBytes(plan, last.prompt))} that ops asked for in ${last.prompt?.passes} passes, ${durationText(last.promptSeconds)}`,
     );
     tellProcess(streamed, plan, last);
   }
