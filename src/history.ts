@@ -62,6 +62,7 @@ function isRun(value: unknown): value is MeasuredRun {
     (run.modelSeconds === null || isAmount(run.modelSeconds)) &&
     isShare(run.poolShare) &&
     isShare(run.hitRate) &&
+    (run.modelHitRate === undefined || isShare(run.modelHitRate)) &&
     (run.guesses === undefined || isGuesses(run.guesses, isAmount))
   );
 }

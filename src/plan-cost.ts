@@ -40,6 +40,12 @@ export function hitRateAt(curve: HitCurve, share: number): number {
   const above = points.findIndex((point) => point.share >= share);
   const high = points[above] ?? { share: 1, hitRate: 1 };
   const low = points[above - 1];
+  if (low === undefined && curve.kind === "recorded" && high.share < 1 && high.hitRate < 1) {
+    // As if misses fell by the same factor with every slot: through the first point, and steeper below it as every
+    // curve of a working set is.
+    const rate = 1 - (1 - share) ** (Math.log(1 - high.hitRate) / Math.log(1 - high.share));
+    return Math.min(1, Math.max(share, rate));
+  }
   const from = low ?? high;
   const to = low === undefined ? (points[above + 1] ?? high) : high;
   // Below the first point the first line goes on; a curve of one point at 1 is a straight share.

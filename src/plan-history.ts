@@ -24,6 +24,8 @@ export interface MeasuredRun {
   readonly decodeSeconds: number;
   /** Of the streamed experts that tokens touched, the share that was in the pool; null for dense models. */
   readonly hitRate: number | null;
+  /** What `modelSeconds` was computed with; runs of before it was kept have none. */
+  readonly modelHitRate?: number | null;
   /** What was guessed; left out by runs that were kept before guesses were, and by plans that guess nothing. */
   readonly guesses?: GuessFigures;
 }
@@ -80,7 +82,18 @@ export function measuredRun(facts: PlanFacts, estimate: Estimate, figures: RunFi
     poolShare,
     layerCount: model.layerCount,
     modelSeconds: estimate.modelSeconds,
+    modelHitRate: estimate.hits?.rate ?? null,
   };
+}
+
+/** Computed with other hits than there were, the time says nothing of the rest: hits are corrected by their own curve. */
+const sameHits = 0.03;
+
+function knewItsHits({ hitRate, modelHitRate }: MeasuredRun): boolean {
+  return (
+    hitRate === null ||
+    (modelHitRate !== undefined && modelHitRate !== null && Math.abs(hitRate - modelHitRate) <= sameHits)
+  );
 }
 
 /** Fewer tokens say little: the first ones are slow, and a pause weighs much. */
@@ -222,7 +235,7 @@ export function adjust(estimate: Estimate, facts: PlanFacts, history: readonly M
   const { modelSeconds } = estimate;
   if (modelSeconds === null) return estimate;
   const near = ofModel
-    .filter((run) => run.modelSeconds !== null && run.modelSeconds > 0)
+    .filter((run) => run.modelSeconds !== null && run.modelSeconds > 0 && knewItsHits(run))
     .sort((one, other) => distance(one) - distance(other))
     .slice(0, 5);
   if (near.length > 0) {

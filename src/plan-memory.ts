@@ -31,7 +31,7 @@ export interface GpuMemoryUse {
 }
 
 /** Resident memory of the executable with libhypura loaded and no model: 95 MB measured on Linux x86-64. */
-export const processBytes = 100_000_000;
+export const processBytes = 90_000_000;
 
 /** What kv_type of ffi/native/engine.cpp knows. */
 export const kvTypes = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"] as const;

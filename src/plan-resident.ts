@@ -85,7 +85,8 @@ export function residentPlan(
     batchTokens,
     pollPercent: residentPollPercent,
     repack,
-    loadMode: isAligned(model) ? "mmap" : "read",
+    // What is rearranged is a copy: mapped pages would be the same bytes in memory once more.
+    loadMode: isAligned(model) && !repack ? "mmap" : "read",
     streaming: null,
     solved: null,
     choices: [
