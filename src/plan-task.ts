@@ -25,6 +25,7 @@ import {
   type MemoryUse,
   memoryOf,
   type ReaderShape,
+  slotBytesOf,
   sumOf,
   type Use,
 } from "./plan-memory";
@@ -140,7 +141,16 @@ function kvTypeOf(model: Model, limits: PlanLimits): string {
  * Reads of 1 MiB and less by eight threads reach what the disk gives, and no single one holds a thread for long
  * (test/bench/NOTES.md); another shape is taken where this very disk was measured to give a quarter more.
  */
-const usualReader: ReaderShape = { threads: 8, pieceBytes: 1_048_576 };
+const usualThreads = 8;
+const usualPieceBytes = 1_048_576;
+/** A stride that is not much longer is one read all the same: two cost the processor twice. */
+const longestPieceBytes = 2_097_152;
+
+export function usualReader(longestStrideBytes: number): ReaderShape {
+  const whole = slotBytesOf(longestStrideBytes);
+  const isOneRead = whole > usualPieceBytes && whole <= longestPieceBytes;
+  return { threads: usualThreads, pieceBytes: isOneRead ? whole : usualPieceBytes };
+}
 
 /** Each thread has a buffer of a piece: no more of the budget than this goes there. */
 const readerShare = 1 / 32;
@@ -153,11 +163,12 @@ const shapeGain = 1.25;
 
 function readerOf(model: Model, machine: Machine, budget: number): Task["reader"] {
   const storage = machine.profile?.storage[0];
-  if (storage === undefined) {
-    return { ...usualReader, reason: "the disk was not measured" };
-  }
   // No read is longer than the stride that it is a piece of.
   const longest = model.strides.reduce((most, set) => Math.max(most, set.strideBytes), 1);
+  const usual = usualReader(longest);
+  if (storage === undefined) {
+    return { ...usual, reason: "the disk was not measured" };
+  }
   const bandwidth = ({ threads, pieceBytes }: ReaderShape): number =>
     bandwidthAt(storage, Math.min(pieceBytes, longest), threads);
   const pieceBytes = Math.min(storage.best.readBytes, Math.ceil(longest / 4096) * 4096);
@@ -165,13 +176,12 @@ function readerOf(model: Model, machine: Machine, budget: number): Task["reader"
   const isUsable =
     pieceBytes % 4096 === 0 &&
     measured.threads <= 64 &&
-    measured.threads * pieceBytes <=
-      Math.max(readerShare * budget, usualReader.threads * usualReader.pieceBytes);
-  return isUsable && bandwidth(measured) > shapeGain * bandwidth(usualReader)
+    measured.threads * pieceBytes <= Math.max(readerShare * budget, usual.threads * usual.pieceBytes);
+  return isUsable && bandwidth(measured) > shapeGain * bandwidth(usual)
     ? { ...measured, reason: `measured: ${bandwidthText(bandwidth(measured))}` }
     : {
-        ...usualReader,
-        reason: `measured: ${bandwidthText(bandwidth(usualReader))}, and no other shape gives more`,
+        ...usual,
+        reason: `measured: ${bandwidthText(bandwidth(usual))}, and no other shape gives more`,
       };
 }
 

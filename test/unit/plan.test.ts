@@ -7,6 +7,7 @@ import { parseGguf } from "../../src/gguf";
 import type { Machine } from "../../src/machine";
 import { describeModel, type Model } from "../../src/model";
 import { gpuBudgetOf, makePlan, noLimits, type Plan, type PlanLimits, totalBytes } from "../../src/plan";
+import { usualReader } from "../../src/plan-task";
 import { ggufBytes } from "../fixtures/gguf-writer";
 import { tinyDeepseek2, tinyGptOss, tinyLlama, tinyMixed, tinyMixtral, tinyQwen3Moe } from "../fixtures/tiny";
 import { describeShape, machineOf, machines, shapeModel } from "./plan-family";
@@ -221,6 +222,14 @@ test("another shape of reads is taken only where this disk was measured to give 
   expect(reader(box)).toMatchObject({ threads: 8, pieceBytes: 1_048_576 });
   expect(reader(withBest(1.04 * 1.6e9))).toMatchObject({ threads: 8, pieceBytes: 1_048_576 });
   expect(reader(withBest(1.5 * 1.6e9))).toMatchObject({ threads: 16, pieceBytes: 4_194_304 });
+});
+
+test("a stride of not much more than a piece is read in one go", () => {
+  expect(usualReader(900_000)).toEqual({ threads: 8, pieceBytes: 1_048_576 });
+  // Wherever in a page it begins: 1152 KiB and a page.
+  expect(usualReader(1_179_648)).toEqual({ threads: 8, pieceBytes: 1_183_744 });
+  expect(usualReader(2_097_152)).toEqual({ threads: 8, pieceBytes: 1_048_576 });
+  expect(usualReader(33_000_000)).toEqual({ threads: 8, pieceBytes: 1_048_576 });
 });
 
 test("a plan that was made before is followed as it is, with the paths of the files at hand", () => {
