@@ -36,6 +36,8 @@ export interface ReadSetting {
   readonly direct: boolean;
   /** Reads begin at page borders. */
   readonly aligned: boolean;
+  /** By io_uring of one thread, for comparison; else by as many threads as there are reads, as the engine reads. */
+  readonly ring?: boolean;
 }
 
 export interface ReadResult extends ReadSetting, ReadSpeed {
@@ -43,6 +45,8 @@ export interface ReadResult extends ReadSetting, ReadSpeed {
   readonly seconds: number;
   /** Every place of the file was read before the time was over. */
   readonly isExhausted: boolean;
+  /** The system has no io_uring, or forbids it: nothing was read. */
+  readonly isRefused: boolean;
   /** What the kernel fetched from storage for each byte delivered; below 1 a cache gave the rest. Null: not known. */
   readonly storageShare: number | null;
 }
@@ -304,6 +308,8 @@ interface CellFigures {
   readonly p99Ns: number;
   readonly direct: boolean;
   readonly isExhausted: boolean;
+  /** The system has no io_uring, or forbids it. */
+  readonly isRefused?: boolean;
   readonly storageBytes: number | null;
 }
 
@@ -320,8 +326,8 @@ async function readCells(
     retryCount: 8,
     retryWaitNs: 1_000_000,
     pollNs: 1_000_000,
-    cells: settings.map(({ readBytes, depth, direct, aligned }, index) => ({
-      ...{ readBytes, depth, direct, skewBytes: aligned ? 0 : skewBytes },
+    cells: settings.map(({ readBytes, depth, direct, aligned, ring = false }, index) => ({
+      ...{ readBytes, depth, direct, skewBytes: aligned ? 0 : skewBytes, ring },
       ...{ durationNs: nanoseconds(secondsPerSetting), seed: seed + index },
     })),
   };
@@ -340,7 +346,7 @@ async function readCells(
     results.push(resultOf(settings[results.length] as ReadSetting, data as CellFigures));
     tell();
   }
-  return results;
+  return results.filter(({ isRefused }) => !isRefused);
 }
 
 function resultOf(setting: ReadSetting, figures: CellFigures): ReadResult {
@@ -353,13 +359,15 @@ function resultOf(setting: ReadSetting, figures: CellFigures): ReadResult {
     readCount: figures.readCount,
     seconds: ns / 1e9,
     isExhausted: figures.isExhausted,
+    isRefused: figures.isRefused === true,
     storageShare: storageBytes === null || bytes === 0 ? null : storageBytes / bytes,
   };
 }
 
 /** "4 MiB x 8, direct": the setting in the words of the table. */
-export function settingText({ readBytes, depth, direct, aligned }: ReadSetting): string {
-  return `${readSizeText(readBytes)} x ${depth}, ${direct ? "direct" : "buffered"}${aligned ? "" : ", unaligned"}`;
+export function settingText({ readBytes, depth, direct, aligned, ring }: ReadSetting): string {
+  const kind = `${direct ? "direct" : "buffered"}${aligned ? "" : ", unaligned"}${ring === true ? ", io_uring" : ""}`;
+  return `${readSizeText(readBytes)} x ${depth}, ${kind}`;
 }
 
 /** Reads are powers of two, and said so: "256 KiB". */
@@ -369,10 +377,11 @@ export function readSizeText(bytes: number): string {
 
 // ---- what it means ---------------------------------------------------------------------------------------------------
 
-/** What the profile is made of: direct aligned reads, or all that there are. */
+/** What the profile is made of: direct aligned reads by the engine's reader, or all of that reader's. */
 function relevant(results: readonly ReadResult[]): readonly ReadResult[] {
-  const direct = results.filter((one) => one.direct && one.aligned);
-  return direct.length > 0 ? direct : results;
+  const ours = results.filter((one) => one.ring !== true);
+  const direct = ours.filter((one) => one.direct && one.aligned);
+  return direct.length > 0 ? direct : ours;
 }
 
 /** The fewest bytes in flight that come near the highest bandwidth. */

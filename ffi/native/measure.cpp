@@ -133,6 +133,89 @@ private:
     ReadError error_ HY_GUARDED_BY(mutex_);
 };
 
+// The descriptors of a cell's files, for reads that do not go through the engine's source.
+class Descriptors {
+public:
+    Descriptors() = default;
+    Descriptors(const Descriptors&) = delete;
+    Descriptors& operator=(const Descriptors&) = delete;
+    ~Descriptors() {
+        for (int descriptor : open_) {
+            platform::close_file(descriptor);
+        }
+    }
+    int add(const std::string& path, bool direct) {
+        const int descriptor = platform::open_read(path.c_str(), direct ? platform::Access::kDirect : platform::Access::kBuffered);
+        if (descriptor >= 0) {
+            open_.push_back(descriptor);
+        }
+        return descriptor;
+    }
+    int operator[](uint32_t index) const { return open_[index]; }
+
+private:
+    std::vector<int> open_;
+};
+
+// What a piece is read as: a direct read begins and ends at page borders.
+struct RingRead {
+    Piece piece;
+    uint64_t begun_ns = 0;
+    uint64_t offset = 0;
+    uint32_t bytes = 0;
+
+    void start(const Piece& wanted, bool direct) {
+        piece = wanted;
+        const uint64_t phase = direct ? wanted.from.offset % kDirectAlign : 0;
+        offset = wanted.from.offset - phase;
+        const uint64_t end = wanted.from.offset + wanted.bytes;
+        bytes = static_cast<uint32_t>((direct ? (end + kDirectAlign - 1) / kDirectAlign * kDirectAlign : end) - offset);
+        begun_ns = platform::now_ns();
+    }
+    // A file may end within the last page.
+    bool delivered(int64_t got) const {
+        return got >= static_cast<int64_t>(piece.from.offset + piece.bytes - offset);
+    }
+};
+
+// One thread that keeps `depth` reads under way. 0, or -errno of what could not be done.
+int read_by_ring(platform::ReadRing& ring, const Descriptors& files, const ReadCell& cell, BlockWork& work, const StopQuestion& stop) {
+    std::vector<RingRead> reads(cell.depth);
+    uint32_t under_way = 0;
+    int status = 0;
+    const auto start = [&](uint32_t slot, const Piece& piece) {
+        reads[slot].start(piece, cell.direct);
+        const RingRead& read = reads[slot];
+        status = ring.submit(files[piece.from.file_index], read.offset, {piece.host, read.bytes}, slot);
+        under_way += status == 0 ? 1 : 0;
+    };
+    Piece piece;
+    for (uint32_t i = 0; i < cell.depth && status == 0 && work.take(&piece); i++) {
+        start(piece.job_index, piece);
+    }
+    while (under_way > 0) {
+        platform::ReadRing::Done done{};
+        const int waited = ring.wait(&done);
+        if (waited < 0) {
+            return waited; // the ring is closed with what is under way before the memory goes
+        }
+        under_way--;
+        const RingRead& read = reads[done.tag];
+        PieceResult result{};
+        result.busy_ns = platform::now_ns() - read.begun_ns;
+        const bool whole = read.delivered(done.result);
+        status = whole || status < 0 ? status : done.result < 0 ? static_cast<int>(done.result) : -EIO;
+        work.finish(0, read.piece, result);
+        if (status < 0 || stop()) {
+            work.end();
+        }
+        if (status == 0 && work.take(&piece)) {
+            start(piece.job_index, piece);
+        }
+    }
+    return status;
+}
+
 } // namespace
 
 // ---- storage
@@ -183,6 +266,40 @@ void ReadMeasure::drop_files() {
     }
 }
 
+bool ReadMeasure::run_ring(const ReadCell& cell, const StopQuestion& stop, ReadFigures* figures, std::string* error) {
+    const Blocks blocks(options_.files, cell);
+    platform::ReadRing ring;
+    if (ring.open(cell.depth) < 0) {
+        figures->refused = true;
+        return true;
+    }
+    Descriptors files;
+    for (const FileSpec& file : options_.files) {
+        const int descriptor = files.add(file.path, cell.direct);
+        if (descriptor < 0) {
+            *error = file.path + " cannot be opened: " + std::strerror(-descriptor);
+            return false;
+        }
+    }
+    BlockWork work(cell, blocks, memory_.data);
+    platform::StorageCounters before{};
+    platform::StorageCounters after{};
+    figures->has_storage = platform::storage_counters(&before);
+    const int status = read_by_ring(ring, files, cell, work, stop);
+    figures->has_storage = platform::storage_counters(&after) && figures->has_storage;
+    if (!cell.direct) {
+        drop_files();
+    }
+    if (status < 0) {
+        *error = std::string("a read by io_uring failed: ") + std::strerror(-status);
+        return false;
+    }
+    work.report(figures);
+    figures->storage_bytes = after.read_bytes - before.read_bytes;
+    figures->direct = cell.direct;
+    return true;
+}
+
 bool ReadMeasure::run(const ReadCell& cell, const StopQuestion& stop, ReadFigures* figures, std::string* error) {
     const Blocks blocks(options_.files, cell);
     const uint64_t needed_bytes = cell.depth * (cell.read_bytes + 2 * kDirectAlign);
@@ -193,6 +310,9 @@ bool ReadMeasure::run(const ReadCell& cell, const StopQuestion& stop, ReadFigure
     }
     if (!cell.direct || platform::kDirectMeetsCache) {
         drop_files();
+    }
+    if (cell.ring) {
+        return run_ring(cell, stop, figures, error);
     }
     // Every read lands in place: the bounce buffers are never used, and so of the smallest size.
     const ReadSpec spec{cell.depth,           static_cast<uint32_t>(kDirectAlign), cell.direct, false,

@@ -40,6 +40,7 @@ struct ReadCell {
     bool direct;
     uint64_t duration_ns; // no read begins later, beyond the first `depth`
     uint64_t seed;        // which places are read
+    bool ring = false;    // io_uring of one thread instead of threads
 };
 
 struct ReadFigures {
@@ -50,6 +51,7 @@ struct ReadFigures {
     uint64_t p99_ns = 0;
     bool direct = false;    // false as well where the file system cannot
     bool exhausted = false; // every place was read before the time was over
+    bool refused = false;   // this system has no io_uring, or forbids it: nothing was read
     bool has_storage = false; // the kernel told what it fetched
     uint64_t storage_bytes = 0;
 };
@@ -74,6 +76,7 @@ public:
 
 private:
     void drop_files();
+    bool run_ring(const ReadCell& cell, const StopQuestion& stop, ReadFigures* figures, std::string* error);
 
     Options options_{};
     FileSource source_;

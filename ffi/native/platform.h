@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 
 // Clang's thread-safety analysis (-Wthread-safety); empty for other compilers.
@@ -155,6 +156,31 @@ struct StorageCounters {
 };
 // False where the system does not tell.
 bool storage_counters(StorageCounters* counters);
+
+// Reads that one thread has several of under way: io_uring. The engine's reader is threads (test/bench/NOTES.md); this is
+// what it is measured against.
+class ReadRing {
+public:
+    struct Done {
+        uint64_t tag;
+        int64_t result; // bytes or -errno
+    };
+
+    ReadRing();
+    ~ReadRing();
+    ReadRing(const ReadRing&) = delete;
+    ReadRing& operator=(const ReadRing&) = delete;
+    // 0 or -errno: -ENOSYS where the system has no such thing, -EPERM where it is forbidden.
+    int open(uint32_t depth);
+    // At most `depth` at once. 0 or -errno.
+    int submit(int descriptor, uint64_t offset, Span<std::byte> into, uint64_t tag);
+    // Waits for one. 0 or -errno.
+    int wait(Done* done);
+
+private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
 
 uint64_t now_ns(); // monotonic
 void sleep_ns(uint64_t duration_ns);

@@ -199,6 +199,19 @@ bool storage_counters(StorageCounters* counters) {
     return true;
 }
 
+struct ReadRing::Impl {};
+ReadRing::ReadRing() = default;
+ReadRing::~ReadRing() = default;
+int ReadRing::open(uint32_t) {
+    return -ENOSYS;
+}
+int ReadRing::submit(int, uint64_t, Span<std::byte>, uint64_t) {
+    return -ENOSYS;
+}
+int ReadRing::wait(Done*) {
+    return -ENOSYS;
+}
+
 uint64_t now_ns() {
     return clock_gettime_nsec_np(CLOCK_UPTIME_RAW);
 }

@@ -9,9 +9,11 @@
 #include <cstring>
 #include <ctime>
 #include <fcntl.h>
+#include <linux/io_uring.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #include <vector>
 
@@ -216,6 +218,108 @@ bool storage_counters(StorageCounters* counters) {
     return reads != nullptr && writes != nullptr &&
            sscanf(reads, "\nread_bytes: %" SCNu64, &counters->read_bytes) == 1 &&
            sscanf(writes, "\nwrite_bytes: %" SCNu64, &counters->written_bytes) == 1;
+}
+
+// The two rings and the array of requests as the kernel maps them (io_uring_setup(2)). Head and tail are shared with the
+// kernel: who writes one releases it, who reads the other's acquires it.
+struct ReadRing::Impl {
+    int descriptor = -1;
+    void* submissions = MAP_FAILED;
+    void* completions = MAP_FAILED;
+    io_uring_sqe* requests = nullptr;
+    size_t submission_bytes = 0;
+    size_t completion_bytes = 0;
+    size_t request_bytes = 0;
+    io_uring_params params{};
+
+    ~Impl() {
+        if (requests != nullptr) {
+            munmap(requests, request_bytes);
+        }
+        if (completions != MAP_FAILED) {
+            munmap(completions, completion_bytes);
+        }
+        if (submissions != MAP_FAILED) {
+            munmap(submissions, submission_bytes);
+        }
+        if (descriptor >= 0) {
+            close(descriptor);
+        }
+    }
+    static uint32_t* word(void* ring, uint32_t offset) {
+        return reinterpret_cast<uint32_t*>(static_cast<std::byte*>(ring) + offset);
+    }
+    int enter(uint32_t submitted, uint32_t wanted) const {
+        for (;;) {
+            const unsigned flags = wanted > 0 ? IORING_ENTER_GETEVENTS : 0;
+            const long status = syscall(__NR_io_uring_enter, descriptor, submitted, wanted, flags, nullptr, 0);
+            if (status >= 0 || errno != EINTR) {
+                return status < 0 ? -errno : 0;
+            }
+        }
+    }
+};
+
+ReadRing::ReadRing() = default;
+ReadRing::~ReadRing() = default;
+
+int ReadRing::open(uint32_t depth) {
+    auto impl = std::make_unique<Impl>();
+    impl->descriptor = static_cast<int>(syscall(__NR_io_uring_setup, depth, &impl->params));
+    if (impl->descriptor < 0) {
+        return -errno;
+    }
+    const io_uring_params& p = impl->params;
+    impl->submission_bytes = p.sq_off.array + p.sq_entries * sizeof(uint32_t);
+    impl->completion_bytes = p.cq_off.cqes + p.cq_entries * sizeof(io_uring_cqe);
+    impl->request_bytes = p.sq_entries * sizeof(io_uring_sqe);
+    const auto map = [&](size_t bytes, off_t what) {
+        return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, impl->descriptor, what);
+    };
+    impl->submissions = map(impl->submission_bytes, IORING_OFF_SQ_RING);
+    impl->completions = map(impl->completion_bytes, IORING_OFF_CQ_RING);
+    void* requests = map(impl->request_bytes, IORING_OFF_SQES);
+    impl->requests = requests == MAP_FAILED ? nullptr : static_cast<io_uring_sqe*>(requests);
+    if (impl->submissions == MAP_FAILED || impl->completions == MAP_FAILED || impl->requests == nullptr) {
+        return -ENOMEM;
+    }
+    impl_ = std::move(impl);
+    return 0;
+}
+
+int ReadRing::submit(int descriptor, uint64_t offset, Span<std::byte> into, uint64_t tag) {
+    const io_sqring_offsets& at = impl_->params.sq_off;
+    uint32_t* tail = Impl::word(impl_->submissions, at.tail);
+    const uint32_t next = *tail; // only this thread writes it
+    const uint32_t place = next & *Impl::word(impl_->submissions, at.ring_mask);
+    io_uring_sqe& request = impl_->requests[place];
+    memset(&request, 0, sizeof request);
+    request.opcode = IORING_OP_READ;
+    request.fd = descriptor;
+    request.off = offset;
+    request.addr = reinterpret_cast<uint64_t>(into.data);
+    request.len = into.count;
+    request.user_data = tag;
+    Impl::word(impl_->submissions, at.array)[place] = place;
+    __atomic_store_n(tail, next + 1, __ATOMIC_RELEASE);
+    return impl_->enter(1, 0);
+}
+
+int ReadRing::wait(Done* done) {
+    const io_cqring_offsets& at = impl_->params.cq_off;
+    uint32_t* head = Impl::word(impl_->completions, at.head);
+    const uint32_t next = *head;
+    if (next == __atomic_load_n(Impl::word(impl_->completions, at.tail), __ATOMIC_ACQUIRE)) {
+        const int status = impl_->enter(0, 1);
+        if (status < 0) {
+            return status;
+        }
+    }
+    const auto* entries = reinterpret_cast<const io_uring_cqe*>(static_cast<const std::byte*>(impl_->completions) + at.cqes);
+    const io_uring_cqe& entry = entries[next & *Impl::word(impl_->completions, at.ring_mask)];
+    *done = {entry.user_data, entry.res};
+    __atomic_store_n(head, next + 1, __ATOMIC_RELEASE);
+    return 0;
 }
 
 uint64_t now_ns() {

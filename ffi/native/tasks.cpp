@@ -256,7 +256,8 @@ TaskBody products_task(const common_json & json) {
 ReadCell parse_cell(const common_json & json) {
     return {static_cast<uint32_t>(pages(json, "readBytes")), small(json, "skewBytes", {0, platform::kDirectAlign - 1}),
             small(json, "depth", some_threads),              json.at("direct").get<bool>(),
-            whole(json, "durationNs", any_count),            whole(json, "seed", any_count)};
+            whole(json, "durationNs", any_count),            whole(json, "seed", any_count),
+            json.contains("ring") && json.at("ring").get<bool>()};
 }
 
 std::string cell_json(const ReadFigures & figures) {
@@ -268,6 +269,7 @@ std::string cell_json(const ReadFigures & figures) {
         .add("p99Ns", figures.p99_ns)
         .add("direct", truth(figures.direct))
         .add("isExhausted", truth(figures.exhausted))
+        .add("isRefused", truth(figures.refused))
         .add("storageBytes", figures.has_storage ? std::to_string(figures.storage_bytes) : "null")
         .done();
 }

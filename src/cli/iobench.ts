@@ -92,8 +92,8 @@ export const iobenchCommand = command(
     notes: [
       "Reads are cold: direct ones go past the page cache, and before buffered ones the file is dropped\n" +
         "from it. Each setting reads other places in random order, none twice.",
-      "The reader is hypura's own, threads with one pread(2) each: depth is the number of threads. There is\n" +
-        "no io_uring column, because the reader has none: tried against threads, it was not faster.",
+      "The reader is hypura's own, threads with one pread(2) each: depth is the number of threads. What\n" +
+        "io_uring would give stands beside it, and is not what the profile is made of.",
       "To compare with another program, such as fio, give --pages base: most read into base pages, and on\n" +
         "some machines direct reads into huge pages are more than twice as fast.",
       "Where the machine has a profile (`hypura profile`), the figures of its settings are kept in it.",
@@ -102,17 +102,24 @@ export const iobenchCommand = command(
 );
 
 /** Direct reads from page borders first, which the profile is made of; then each of the two otherwise. */
-export function settingsOf(sizes: readonly number[], depths: readonly number[]): readonly ReadSetting[] {
-  return kinds.flatMap(({ direct, aligned }) =>
-    sizes.flatMap((readBytes) => depths.map((depth) => ({ readBytes, depth, direct, aligned }))),
-  );
+export function settingsOf(
+  sizes: readonly number[],
+  depths: readonly number[],
+  platform: NodeJS.Platform = process.platform,
+): readonly ReadSetting[] {
+  return kinds
+    .filter(({ ring }) => !ring || platform === "linux")
+    .flatMap(({ direct, aligned, ring }) =>
+      sizes.flatMap((readBytes) => depths.map((depth) => ({ readBytes, depth, direct, aligned, ring }))),
+    );
 }
 
 const kinds = [
-  { direct: true, aligned: true, title: "Direct reads, from page borders" },
-  { direct: true, aligned: false, title: "Direct reads, from anywhere" },
-  { direct: false, aligned: true, title: "Buffered reads, from page borders" },
-  { direct: false, aligned: false, title: "Buffered reads, from anywhere" },
+  { direct: true, aligned: true, ring: false, title: "Direct reads, from page borders" },
+  { direct: true, aligned: true, ring: true, title: "The same by io_uring, one thread" },
+  { direct: true, aligned: false, ring: false, title: "Direct reads, from anywhere" },
+  { direct: false, aligned: true, ring: false, title: "Buffered reads, from page borders" },
+  { direct: false, aligned: false, ring: false, title: "Buffered reads, from anywhere" },
 ] as const;
 
 // ---- flags ------------------------------------------------------------------------------------------------------------
@@ -165,8 +172,10 @@ function parseDepth(name: string, part: string): number {
 export function iobenchPage(result: StorageResult, isKept: boolean): string {
   const { source, speed, best } = result;
   const name = source.isScratch ? "a scratch file" : printable(source.path);
-  const tables = kinds.flatMap(({ direct, aligned, title }) => {
-    const cells = result.results.filter((one) => one.direct === direct && one.aligned === aligned);
+  const tables = kinds.flatMap(({ direct, aligned, ring, title }) => {
+    const cells = result.results.filter(
+      (one) => one.direct === direct && one.aligned === aligned && (one.ring ?? false) === ring,
+    );
     const depths = new Set(cells.map((one) => one.depth)).size;
     const right = Array.from({ length: depths }, (_, index) => index + 1);
     return cells.length === 0 ? [] : ["", ...section(stdout.paint("bold", title), gridRows(cells), right)];
@@ -175,6 +184,7 @@ export function iobenchPage(result: StorageResult, isKept: boolean): string {
     ...section(stdout.paint("bold", printable(speed.volume)), [
       ["read", `${name}, ${bytesText(source.sizeBytes)}`],
       ["reader", "threads with one pread each; the number of threads is the depth"],
+      ...(isRingRefused(result) ? [["io_uring", "this system has none, or forbids it"]] : []),
     ]),
     ...tables,
     "",
@@ -197,10 +207,21 @@ export function iobenchPage(result: StorageResult, isKept: boolean): string {
   return `${lines.map((line) => clip(line, pageWidth)).join("\n")}\n`;
 }
 
+function isRingRefused({ results }: StorageResult): boolean {
+  return process.platform === "linux" && !results.some(({ ring }) => ring === true);
+}
+
 /** Fields are added, never renamed. */
 function asJson(result: StorageResult, isKept: boolean): object {
-  const figures = ({ storageShare, isExhausted, ...one }: ReadResult): object => ({
+  const figures = ({
+    storageShare,
+    isExhausted,
+    isRefused: _,
+    ring = false,
+    ...one
+  }: ReadResult): object => ({
     ...one,
+    engine: ring ? "io_uring" : "pread threads",
     isExhausted,
     storageShare,
   });

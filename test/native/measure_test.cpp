@@ -3,6 +3,7 @@
 #include "check.h"
 #include "measure.h"
 
+#include <cstdio>
 #include <cstring>
 #include <fcntl.h>
 #include <set>
@@ -67,6 +68,33 @@ void every_place_is_read_once() {
                 CHECK(figures.exhausted && figures.read_count == blocks && figures.delivered_bytes == blocks * 65536);
                 CHECK(figures.wall_ns > 0 && figures.p50_ns > 0 && figures.p50_ns <= figures.p99_ns);
                 CHECK(direct || !figures.direct);
+            }
+        }
+    }
+}
+
+// What io_uring reads are the same places; where it is refused, that is said and nothing is read.
+void a_ring_reads_every_place_once() {
+    File file(1 << 20);
+    for (bool direct : {true, false}) {
+        for (uint32_t skew : {0u, 1184u}) {
+            for (uint32_t depth : {1u, 3u, 16u}) {
+                ReadMeasure measure;
+                ReadFigures figures;
+                std::string error;
+                CHECK(measure.open(file.options(), &error));
+                const bool read = measure.run({65536, skew, depth, direct, kLong, 7, true}, kNever, &figures, &error);
+                if (!read) {
+                    std::fprintf(stderr, "%s\n", error.c_str());
+                }
+                CHECK(read);
+                if (figures.refused) {
+                    CHECK(figures.read_count == 0);
+                    continue;
+                }
+                uint64_t blocks = skew == 0 ? 16 : 15;
+                CHECK(figures.exhausted && figures.read_count == blocks && figures.delivered_bytes == blocks * 65536);
+                CHECK(figures.wall_ns > 0 && figures.p50_ns > 0 && figures.p50_ns <= figures.p99_ns);
             }
         }
     }
@@ -155,6 +183,7 @@ void copies() {
 int main() {
     CASE(shuffles_are_permutations);
     CASE(every_place_is_read_once);
+    CASE(a_ring_reads_every_place_once);
     CASE(a_moment_is_enough_for_one_read_each);
     CASE(stops);
     CASE(refuses_what_it_cannot_read);

@@ -109,6 +109,7 @@ function fakeNative(
               ...times,
               direct: isDirect,
               isExhausted: false,
+              isRefused: false,
               storageBytes: bytes,
             },
           };
@@ -344,7 +345,7 @@ describe("the file that is read", () => {
 describe("what the figures mean", () => {
   const result = (readBytes: number, depth: number, bytesPerSecond: number, direct = true): ReadResult => ({
     ...{ readBytes, depth, bytesPerSecond, direct, aligned: true, latencySeconds: { p50: 1, p99: 1 } },
-    ...{ readCount: 1, seconds: 1, isExhausted: false, storageShare: 1 },
+    ...{ readCount: 1, seconds: 1, isExhausted: false, isRefused: false, storageShare: 1 },
   });
 
   test("the best is the least in flight near the highest, of direct reads", () => {
