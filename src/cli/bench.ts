@@ -64,7 +64,7 @@ import { measuring, pageWidth } from "./measuring";
 import { traceOption } from "./run";
 import { print, stderr, tell } from "./terminal";
 
-const defaults = { promptTokens: 128, maxTokens: 128, runs: 3, seconds: 60 } as const;
+const defaults = { promptTokens: 128, maxTokens: 128, runs: 12, seconds: 60 } as const;
 /** Without --runs a benchmark takes no longer, where one round does not. */
 const usualSeconds = 110;
 const seed = 20_251_121;
