@@ -129,7 +129,7 @@ export function residentPlan(
 const tensorAlignBytes = 32;
 
 /** Whether the file can be computed on where it is mapped. */
-function isAligned(model: Model): boolean {
+export function isAligned(model: Model): boolean {
   return model.tensors.every((tensor) => tensor.offsetBytes % tensorAlignBytes === 0);
 }
 

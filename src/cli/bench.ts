@@ -44,6 +44,7 @@ import { type Machine, readProcessor } from "../machine";
 import { type MemoryGroup, makeMemoryGroup } from "../memory-group";
 import { type ModelFile, openModelFile, readMetadataArray } from "../modelfile";
 import { type Plan, type PlanLimits, runOf } from "../plan";
+import { isAligned } from "../plan-resident";
 import { fingerprintOf } from "../profile";
 import { findSource, measureStorage } from "../storage";
 import { isMeasured, type Surroundings, surroundingsOf } from "../surroundings";
@@ -351,7 +352,7 @@ function baselinePlan(file: ModelFile, hypura: Plan, machine: Machine): Plan {
   };
   const plan = planOf(file, limits, boundless);
   const copyFits = 2 * file.model.tensorBytes + plan.memory.kvBytes < machine.memory.availableBytes;
-  return { ...plan, repack: copyFits };
+  return { ...plan, repack: copyFits, loadMode: isAligned(file.model) ? "mmap" : "read" };
 }
 
 interface Preparation {
