@@ -3,7 +3,7 @@
 
 import { HypuraError } from "./errors";
 import type { Plan } from "./plan";
-import type { StreamingCounters } from "./streaming";
+import { heldRateOf, type StreamingCounters } from "./streaming";
 import { bandwidthText, bytesText, rateText } from "./text";
 
 // ---- between the two processes of a run --------------------------------------------------------------------------
@@ -146,6 +146,8 @@ export interface ReadFigures {
   readonly hits: number;
   readonly lateHits: number;
   readonly misses: number;
+  /** heldRateOf of streaming.ts; null where nothing streams. */
+  readonly heldRate: number | null;
   readonly stallShare: number;
   /** The engine's reads, while at least one was under way; null where none was. */
   readonly bytesPerSecond: number | null;
@@ -227,6 +229,7 @@ export function figuresOf(report: RunReport, seen: Seen): RunFigures {
       hits: streaming?.hits ?? 0,
       lateHits: streaming?.lateHits ?? 0,
       misses: streaming?.misses ?? 0,
+      heldRate: streaming === null ? null : heldRateOf(streaming),
       stallShare: Math.min(1, (streaming?.stallNs ?? 0) / 1e9 / seconds),
       bytesPerSecond:
         streaming === null || streaming.readingNs === 0

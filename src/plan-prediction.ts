@@ -68,9 +68,10 @@ export function choosePrediction(
 /** Every router that can be asked early, whatever the pool; null where there is none. */
 export function predictionOf(model: Model, streamed: Streaming["tensors"]): Prediction | null {
   const layers = expertLayers(model, streamed);
+  const byName = new Map(model.tensors.map((tensor) => [tensor.name, tensor]));
   const routers = layers.flatMap((layer, i) => {
     const before = layers[i - 1];
-    const router = before === undefined ? null : routerOf(model, before, layer);
+    const router = before === undefined ? null : routerOf(byName, before, layer);
     return router === null ? [] : [router];
   });
   const experts = Math.max(0, ...layers.map(({ touchedCount }) => touchedCount));
@@ -116,12 +117,11 @@ function isRouter({ name }: ModelTensor): boolean {
 
 /** Null where the router's input is not the layer's norm alone, or another number decides with it. */
 function routerOf(
-  model: Model,
+  byName: ReadonlyMap<string, ModelTensor>,
   before: ExpertLayer,
   layer: ExpertLayer,
 ): Prediction["routers"][number] | null {
-  const named = (of: number, name: string): ModelTensor | undefined =>
-    model.tensors.find((tensor) => tensor.name === `blk.${of}.${name}`);
+  const named = (of: number, name: string): ModelTensor | undefined => byName.get(`blk.${of}.${name}`);
   const router = named(layer.layer, "ffn_gate_inp.weight");
   const norm = named(layer.layer, "ffn_norm.weight");
   const normBefore = named(before.layer, "ffn_norm.weight");

@@ -127,6 +127,17 @@ export function shareOf(counters: StreamingCounters): StreamingShare {
 }
 
 /**
+ * Of the strides that ops asked for, the share that was not read for them, whether an op asked for the read or a
+ * prediction did; null where nothing was asked for. What the pool held, where `hits` says what was there in time.
+ */
+export function heldRateOf(counters: StreamingCounters): number | null {
+  const asked = counters.hits + counters.lateHits + counters.misses;
+  const read = counters.demandReads + counters.prefetchReads - counters.droppedPrefetches;
+  // Reads that were dropped may have been queued before the counting began.
+  return asked === 0 ? null : Math.min(1, Math.max(0, 1 - read / asked));
+}
+
+/**
  * One line about the streaming while `tokens` were generated in `seconds`. The bound is what the disk would allow at
  * the bandwidth measured while reads were under way, if it never rested and computing took no time.
  */

@@ -8,7 +8,7 @@ import { type Machine, readMachine } from "./machine";
 import type { ModelFile } from "./modelfile";
 import { type Knowledge, type Plan, type RunFigures, runOf } from "./plan";
 import { loadMachine } from "./profile";
-import type { StreamingCounters } from "./streaming";
+import { heldRateOf, type StreamingCounters } from "./streaming";
 
 export interface Surroundings {
   readonly machine: Machine;
@@ -67,9 +67,20 @@ export function rememberRun(
     at: new Date().toISOString(),
     decodeTokens: tokens,
     decodeSeconds: seconds,
-    hitRate: hitRateOf(streaming),
+    hitRate: streaming === null ? null : heldRateOf(streaming),
     ...guessesOf(plan, decoded, streaming),
   };
+  rememberFigures(plan, file, machine, figures, onNote);
+}
+
+/** The same, of figures that are made already. */
+export function rememberFigures(
+  plan: Plan,
+  file: Pick<ModelFile, "model">,
+  machine: Machine,
+  figures: RunFigures,
+  onNote?: (text: string) => void,
+): void {
   const run = runOf(plan, file, machine, figures);
   if (run === null) return;
   try {
@@ -90,13 +101,4 @@ function guessesOf(
   const { maxTokens, draftKey } = speculation;
   const passes = Math.max(1, streaming?.passes ?? tokens - accepted);
   return { guesses: { maxTokens, draftKey, passes, drafted, accepted } };
-}
-
-/** Of what was asked for, the share that was not read for it, whether an op asked for the read or a prediction did. */
-function hitRateOf(streaming: StreamingCounters | null): number | null {
-  if (streaming === null) return null;
-  const asked = streaming.hits + streaming.lateHits + streaming.misses;
-  const read = streaming.demandReads + streaming.prefetchReads - streaming.droppedPrefetches;
-  // Reads that were dropped may have been queued before the counting began.
-  return asked === 0 ? null : Math.min(1, Math.max(0, 1 - read / asked));
 }

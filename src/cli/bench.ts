@@ -39,15 +39,14 @@ import { keepRecord, readRecords } from "../bench-records";
 import { runOrder } from "../bench-run";
 import { runTask } from "../engine";
 import { exitStatus, HypuraError } from "../errors";
-import { keepRun } from "../history";
 import { type Machine, readProcessor } from "../machine";
 import { type MemoryGroup, makeMemoryGroup } from "../memory-group";
 import { type ModelFile, openModelFile, readMetadataArray } from "../modelfile";
-import { type Plan, type PlanLimits, runOf } from "../plan";
+import type { Plan, PlanLimits } from "../plan";
 import { isAligned } from "../plan-resident";
 import { fingerprintOf } from "../profile";
 import { findSource, measureStorage } from "../storage";
-import { isMeasured, type Surroundings, surroundingsOf } from "../surroundings";
+import { isMeasured, rememberFigures, type Surroundings, surroundingsOf } from "../surroundings";
 import {
   bandwidthText,
   bytesText,
@@ -61,7 +60,7 @@ import {
 import { interruptible } from "./answer";
 import { historyLines, resultLines } from "./bench-text";
 import { bytesFlag, command, limitArgs, limitsOf, numberFlag } from "./command";
-import { measuring, pageWidth } from "./measuring";
+import { measureOnce, pageWidth } from "./measuring";
 import { traceOption } from "./run";
 import { print, stderr, tell } from "./terminal";
 
@@ -281,8 +280,7 @@ async function knownOf(flags: Flags, file: ModelFile, groupBytes: number | null)
   if (hypura?.streaming === null || flags.plan !== undefined || isMeasured(known)) {
     return known;
   }
-  consola.info("measuring this machine for the plan, once (`hypura profile` shows it)");
-  return measuring((how) => surroundingsOf(file.path, { ...how, measure: "if-needed", onNote }));
+  return measureOnce(file.path, onNote);
 }
 
 /** The machine as it is inside a group of that size. */
@@ -423,16 +421,13 @@ function tellPlanner(
     return;
   }
   const { decodedTokens, decodeTokensPerSecond, reads } = outcome.figures;
-  const asked = reads.hits + reads.lateHits + reads.misses;
-  const run = runOf(plans.hypura as Plan, file, profiled, {
+  const figures = {
     at: startedAt,
     decodeTokens: decodedTokens,
     decodeSeconds: decodedTokens / decodeTokensPerSecond.mean,
-    hitRate: asked === 0 ? null : reads.hits / asked,
-  });
-  if (run !== null) {
-    keepRun(run);
-  }
+    hitRate: reads.heldRate,
+  };
+  rememberFigures(plans.hypura as Plan, file, profiled, figures, (note) => consola.warn(note));
 }
 
 /** Pieces of this many bytes, at so many places of each file, stand for the weights. */

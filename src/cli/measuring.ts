@@ -49,12 +49,15 @@ export async function measuring<Result>(work: (how: Measuring) => Promise<Result
 }
 
 /** Before a plan that streams, where this machine was never measured. */
-export function measureOnce(modelPath: string): Promise<Surroundings> {
+export function measureOnce(
+  modelPath: string,
+  onNote: (note: string) => void = (note) => consola.warn(note),
+): Promise<Surroundings> {
   consola.info("measuring this machine for the plan, once (`hypura profile` shows it)");
   return measuring(({ signal, onProgress }) =>
     surroundingsOf(modelPath, {
       measure: "if-needed",
-      onNote: (note) => consola.warn(note),
+      onNote,
       onProgress,
       signal,
     }),

@@ -19,7 +19,7 @@ import { type Machine, peakMemoryBytes } from "../../src/machine";
 import { type ModelFile, openModelFile } from "../../src/modelfile";
 import { type MeasuredRun, noLimits, type Plan, runOf, totalBytes } from "../../src/plan";
 import { loadMachine } from "../../src/profile";
-import { countersSince, shareOf } from "../../src/streaming";
+import { countersSince, heldRateOf } from "../../src/streaming";
 import { bytesText, rateText, table } from "../../src/text";
 import { smolLm2OrSkip } from "../models";
 import { median, verdict } from "./measure";
@@ -89,13 +89,13 @@ async function runTask(task: Task): Promise<Outcome> {
   const { timings } = await generate(tokens, 2);
   const after = before === null ? null : await engine.streaming();
   if (timings === undefined) throw new Error("an answer without timings");
-  const share = before === null || after === null ? null : shareOf(countersSince(before, after));
+  const heldRate = before === null || after === null ? null : heldRateOf(countersSince(before, after));
   const run = runOf(plan, file, machine, {
     at: new Date().toISOString(),
     // The first token comes with the prompt.
     decodeTokens: timings.predicted_n - 1,
     decodeSeconds: timings.predicted_ms / 1000,
-    hitRate: share?.hitRate ?? null,
+    hitRate: heldRate,
   });
   if (run === null) throw new Error("the machine has no profile");
   return { plan, run, peakBytes: peakMemoryBytes() };

@@ -73,3 +73,34 @@ inline Faults random_faults(StreamRig& rig, Random& random) {
     }
     return faults;
 }
+
+// So many passes; cyclic ones repeat the same ops, with an aborted pass now and then. `run_op` computes a list of
+// strides and tells how that ended; `retracts`: what is prefetched is sometimes taken back.
+template <typename RunOp>
+void random_passes(StreamRig& rig, Random& random, uint32_t passes, bool retracts, RunOp run_op) {
+    uint32_t count = static_cast<uint32_t>(rig.plan.strides.size());
+    bool cyclic = random.chance(2);
+    for (; passes > 0; passes--) {
+        rig.stream.begin_pass(1 + random.below(4));
+        for (uint32_t at = 0; at < count;) {
+            std::vector<uint32_t> op;
+            for (uint32_t n = cyclic ? 1 + at % 3 : 1 + random.below(12); n > 0 && at < count; n--, at++) {
+                op.push_back(cyclic ? at : random.below(count));
+            }
+            if (random.chance(6)) {
+                uint32_t ahead[3] = {random.below(count), random.below(count), random.below(count)};
+                rig.stream.prefetch({ahead, 3});
+                if (retracts && random.chance(2)) {
+                    rig.stream.retract({ahead, 1 + random.below(3)}); // whatever became of them meanwhile
+                }
+            }
+            if (run_op(op) != hypura::Status::kOk) {
+                rig.stream.drain();
+                break;
+            }
+            if (random.chance(40)) {
+                break; // the pass is aborted
+            }
+        }
+    }
+}

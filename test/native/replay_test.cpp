@@ -70,28 +70,8 @@ bool never() {
 }
 
 void consume(StreamRig& rig, Random& random) {
-    uint32_t count = static_cast<uint32_t>(rig.plan.strides.size());
-    bool cyclic = random.chance(2);
-    for (uint32_t pass = 3 + random.below(6); pass > 0; pass--) {
-        rig.stream.begin_pass(1 + random.below(4));
-        for (uint32_t at = 0; at < count;) {
-            std::vector<uint32_t> op;
-            for (uint32_t n = cyclic ? 1 + at % 3 : 1 + random.below(12); n > 0 && at < count; n--, at++) {
-                op.push_back(cyclic ? at : random.below(count));
-            }
-            if (random.chance(6)) {
-                uint32_t ahead[3] = {random.below(count), random.below(count), random.below(count)};
-                rig.stream.prefetch({ahead, 3});
-            }
-            if (rig.op(op) != Status::kOk) {
-                rig.stream.drain();
-                break;
-            }
-            if (random.chance(40)) {
-                break; // the pass is aborted
-            }
-        }
-    }
+    // Without retracts: with them a replay contradicts some traces, which is not understood yet.
+    random_passes(rig, random, 3 + random.below(6), false, [&](const std::vector<uint32_t>& op) { return rig.op(op); });
 }
 
 struct Tally {

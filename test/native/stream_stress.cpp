@@ -17,44 +17,22 @@ struct Tally {
     std::atomic<uint64_t> ops{0};
 };
 
-// A few passes; cyclic ones repeat the same ops, with an aborted pass now and then.
+// A few passes, each of whose ops ends as it may.
 void consume(StreamRig& rig, uint64_t seed, bool fatal, Tally* tally) {
     Random random{seed};
-    uint32_t count = static_cast<uint32_t>(rig.plan.strides.size());
-    bool cyclic = random.chance(2);
-    for (uint32_t pass = 3 + random.below(4); pass > 0; pass--) {
-        rig.stream.begin_pass(1 + random.below(4));
-        for (uint32_t at = 0; at < count;) {
-            std::vector<uint32_t> op;
-            for (uint32_t n = cyclic ? 1 + at % 3 : 1 + random.below(12); n > 0 && at < count; n--, at++) {
-                op.push_back(cyclic ? at : random.below(count));
-            }
-            if (random.chance(6)) {
-                uint32_t ahead[3] = {random.below(count), random.below(count), random.below(count)};
-                rig.stream.prefetch({ahead, 3});
-                if (random.chance(2)) {
-                    rig.stream.retract({ahead, 1 + random.below(3)}); // whatever became of them meanwhile
-                }
-            }
-            Status status = rig.op(op);
-            tally->ops++;
-            if (status == Status::kFailed) {
-                ReadError error = rig.stream.last_error();
-                CHECK(fatal && error.fault != ReadFault::kNone && error.file_index < rig.plan.files.size());
-                CHECK(error.offset < rig.plan.files[error.file_index].bytes);
-                tally->failures++;
-            } else if (status == Status::kInterrupted) {
-                tally->interruptions++;
-            }
-            if (status != Status::kOk) {
-                rig.stream.drain();
-                break;
-            }
-            if (random.chance(40)) {
-                break; // the pass is aborted
-            }
+    random_passes(rig, random, 3 + random.below(4), true, [&](const std::vector<uint32_t>& op) {
+        Status status = rig.op(op);
+        tally->ops++;
+        if (status == Status::kFailed) {
+            ReadError error = rig.stream.last_error();
+            CHECK(fatal && error.fault != ReadFault::kNone && error.file_index < rig.plan.files.size());
+            CHECK(error.offset < rig.plan.files[error.file_index].bytes);
+            tally->failures++;
+        } else if (status == Status::kInterrupted) {
+            tally->interruptions++;
         }
-    }
+        return status;
+    });
 }
 
 void run(uint64_t seed, Tally* tally) {
