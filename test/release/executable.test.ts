@@ -4,7 +4,7 @@ import { describe, expect, test } from "bun:test";
 import { copyFileSync, mkdirSync, readFileSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { signatureFault } from "../../ffi/macho";
-import { parseCpuInfo, parseSysctl } from "../../ffi/processor";
+import { parseAuxiliary, parseCpuInfo, parseSysctl } from "../../ffi/processor";
 import { notesOf } from "../../ffi/release";
 import { targets } from "../../ffi/targets";
 import packageJson from "../../package.json";
@@ -110,6 +110,15 @@ describe("processors", () => {
     );
     expect(parseCpuInfo("processor\t: 0\nFeatures\t: fp asimddp\n\n")).toEqual(new Set(["fp", "asimddp"]));
     expect(parseCpuInfo("nothing of the kind\n")).toBeNull();
+    const auxiliary = (...words: readonly bigint[]) => new Uint8Array(new BigUint64Array(words).buffer);
+    const [pageBytes, hwcap, hwcap2] = [6n, 16n, 26n];
+    // Neoverse N1 as Linux 6.1 shows it, then what i8mm adds.
+    const n1 = auxiliary(pageBytes, 4096n, hwcap, 0x10_ffffn | (1n << 28n), hwcap2, 0n, 0n, 0n);
+    expect(parseAuxiliary(n1)).toEqual(new Set(["asimdhp", "asimddp"]));
+    const v1 = auxiliary(hwcap2, 1n << 13n, hwcap, (1n << 10n) | (1n << 20n), 0n, 0n);
+    expect(parseAuxiliary(v1)).toEqual(new Set(["asimdhp", "asimddp", "i8mm"]));
+    expect(parseAuxiliary(auxiliary(hwcap, 0xffn, 0n, 0n))).toEqual(new Set()); // Cortex-A72
+    expect(parseAuxiliary(auxiliary(pageBytes, 4096n, 0n, 0n))).toBeNull();
     const text =
       "hw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_FP16: 1\nhw.optional.arm.FEAT_I8MM: 0\n";
     expect(parseSysctl(text)).toEqual(new Set(["asimddp", "asimdhp"]));
