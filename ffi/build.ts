@@ -5,7 +5,8 @@
 //   bun ffi/build.ts [--native-only] [--reference] [--cuda]
 //     --native-only   stop after libhypura
 //     --reference     also llama-completion and llama-server, which the tests compare with
-//     --cuda          with llama.cpp's CUDA backend, for an NVIDIA GPU (needs the CUDA toolkit)
+//     --cuda          with llama.cpp's CUDA backend, for the NVIDIA GPUs of this machine or those in CUDAARCHS (needs
+//                     the CUDA toolkit; cuda.ts)
 
 import { existsSync, readFileSync, statfsSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";

@@ -2,8 +2,17 @@
 // target in one PyPI package. Owns its installation into build/ and the toolchain files that CMake needs for a target;
 // it knows nothing of what is compiled. Used by releases and by the test run's Darwin check, never by a plain build.
 
-import { chmodSync, existsSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
+import { join, relative } from "node:path";
 import type { Target } from "./targets";
 
 const root = join(import.meta.dir, "..");
@@ -82,16 +91,23 @@ function writeChanged(file: string, text: string): void {
   }
 }
 
+/**
+ * ccache knows a compiler by its file's size and age. This one names nothing of where the checkout is, and is as old as its
+ * text says: clones share their objects, and another zig or other flags are another compiler.
+ */
 function writeProgram(file: string, words: string): void {
-  writeChanged(file, `#!/bin/sh\nexec ${words} "$@"\n`);
+  const text = `#!/bin/sh\nhere="\${0%/*}"\nexec ${words} "$@"\n`;
+  const ageSeconds = Number(Bun.hash.xxHash64(text) % 1_000_000_000n);
+  writeChanged(file, text);
   chmodSync(file, 0o755);
+  utimesSync(file, ageSeconds, ageSeconds);
 }
 
 /** Writes the toolchain of a target into `folder`; returns the file for CMAKE_TOOLCHAIN_FILE. */
 export function writeToolchain(zig: string, target: Target, folder: string): string {
   mkdirSync(folder, { recursive: true });
-  const cache = join(root, "build", "zig-cache"); // the C++ library of a target, built once
-  const call = `env ZIG_GLOBAL_CACHE_DIR='${cache}' ZIG_LOCAL_CACHE_DIR='${cache}' '${zig}'`;
+  const cache = `"$here/${relative(folder, join(root, "build", "zig-cache"))}"`; // the C++ library of a target, built once
+  const call = `env ZIG_GLOBAL_CACHE_DIR=${cache} ZIG_LOCAL_CACHE_DIR=${cache} "$here/${relative(folder, zig)}"`;
   // zig's own defaults are those of a debug build: no sanitizer belongs in a release.
   const flags = ["-target", target.triple, target.baseline?.zig ?? "", "-fno-sanitize=all"].join(" ");
   writeProgram(join(folder, "cc"), `${call} cc ${flags}`);

@@ -29,10 +29,29 @@ describe.skipIf(process.platform === "darwin")("the CUDA toolkit", () => {
       if (!existsSync("/usr/local/cuda/bin/nvcc")) {
         expect(findNvcc({ PATH: join(toolkit, "bin") })).toBe(nvcc);
       }
-      expect(cudaOptions({ CUDA_PATH: toolkit })).toEqual([
+      expect(cudaOptions({ CUDA_PATH: toolkit, CUDAARCHS: "89;90" })).toEqual([
         "-DGGML_CUDA=ON",
         `-DCMAKE_CUDA_COMPILER=${nvcc}`,
+        "-DCMAKE_CUDA_ARCHITECTURES=89;90",
+        "-DGGML_CUDA_NO_VMM=ON",
       ]);
+    });
+  });
+
+  test("compiles for the GPUs that the driver shows; without any, somebody must name them", () => {
+    withNvcc(0, (toolkit) => {
+      const path = join(toolkit, "driver");
+      mkdirSync(path);
+      const query = join(path, "nvidia-smi");
+      const answer = (text: string, exitStatus: number): void =>
+        writeFileSync(query, `#!/bin/sh\necho '${text}'\nexit ${exitStatus}\n`, { mode: 0o755 });
+      answer("9.0\n8.9\n9.0", 0);
+      expect(cudaOptions({ CUDA_PATH: toolkit, PATH: path })).toContain(
+        "-DCMAKE_CUDA_ARCHITECTURES=89-real;90-real",
+      );
+      answer("NVIDIA-SMI has failed because it could not communicate with the driver", 9);
+      expect(() => cudaOptions({ CUDA_PATH: toolkit, PATH: path })).toThrow(/shows none: .* CUDAARCHS/);
+      expect(() => cudaOptions({ CUDA_PATH: toolkit, PATH: "" })).toThrow(/shows none: .* CUDAARCHS/);
     });
   });
 
