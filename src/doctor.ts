@@ -17,6 +17,8 @@ export interface Findings {
     readonly bestVariant: string | null;
     /** Places that were passed over, with the reason. */
     readonly passedOver: readonly string[];
+    /** What for GPUs is compiled in, as ggml names it: CUDA, MTL. */
+    readonly gpuBackends: readonly string[];
   };
   readonly machine: Machine;
   /** All of the machine's memory, whatever a control group leaves of it. */
@@ -67,7 +69,16 @@ function gpuAdvice({ platform, library, machine, hasNvidiaDriver }: Findings): r
     return [];
   }
   if (platform === "darwin") {
-    return ["this build has no Metal: take the release for macOS, or build on this Mac (`bun run build`)"];
+    return library.gpuBackends.length > 0
+      ? ["macOS shows no GPU that Metal can use: the processor computes everything"]
+      : ["this build has no Metal: take the release for macOS, or build on this Mac (`bun run build`)"];
+  }
+  if (library.gpuBackends.includes("CUDA")) {
+    return [
+      hasNvidiaDriver
+        ? "NVIDIA's driver is loaded and shows this build no GPU that it can use, the processor computes everything: `nvidia-smi` says what is there, CUDA_VISIBLE_DEVICES may hide it, and an old driver must be updated for a newer CUDA toolkit"
+        : "this build has CUDA and no NVIDIA driver is loaded, the processor computes everything: install the driver, or give the container the GPU",
+    ];
   }
   return hasNvidiaDriver
     ? [

@@ -206,13 +206,30 @@ export interface EngineLibrary {
   readonly passedOver: readonly string[];
   /** Instruction sets that are compiled in, as ggml names them. */
   readonly instructionSets: readonly string[];
+  /** What for GPUs is compiled in, as ggml names it: CUDA, MTL. Whether there is such a GPU is another matter. */
+  readonly gpuBackends: readonly string[];
 }
 
 /** Loads the library and says which it is. Throws HypuraError where none can be loaded. */
 export function engineLibrary(): EngineLibrary {
   const { path, variant, tried, buildInfo } = nativeLibrary();
-  const sets = [...buildInfo().system.matchAll(/(\w+) = 1/g)].map((match) => match[1] as string);
-  return { path, variant, bestVariant: bestVariant(), passedOver: tried, instructionSets: sets };
+  return {
+    path,
+    variant,
+    bestVariant: bestVariant(),
+    passedOver: tried,
+    ...compiledIn(buildInfo().system),
+  };
+}
+
+/** llama.cpp's "CUDA : ARCHS = 890 | NO_VMM = 1 | CPU : SSE3 = 1 | AVX = 0 | ". */
+export function compiledIn(system: string): Pick<EngineLibrary, "instructionSets" | "gpuBackends"> {
+  const backends = [...system.matchAll(/(\w+) : (.*?)(?=\w+ : |$)/g)];
+  const processor = backends.find((match) => match[1] === "CPU")?.[2] ?? "";
+  return {
+    instructionSets: [...processor.matchAll(/(\w+) = 1/g)].map((match) => match[1] as string),
+    gpuBackends: backends.map((match) => match[1] as string).filter((name) => name !== "CPU"),
+  };
 }
 
 /** What native code is given: the plan, and where its trace goes. */

@@ -84,6 +84,7 @@ async function examine(path: string): Promise<Examined> {
       variant: library?.variant ?? null,
       bestVariant: library?.bestVariant ?? null,
       passedOver: library?.passedOver ?? [],
+      gpuBackends: library?.gpuBackends ?? [],
     },
     machine,
     installedBytes: totalmem(),
@@ -212,12 +213,17 @@ function processorRows(findings: Findings): readonly (readonly string[])[] {
     ],
     ["memory", `${bytesText(availableBytes)} free of ${bytesText(totalBytes)}${limit}`],
     ["huge pages", pages ?? "not a choice on this system"],
-    ...(gpus.length === 0 ? [["gpu", library.path === null ? "not known" : "none"]] : []),
+    ...(gpus.length === 0 ? [["gpu", gpuAbsence(library)]] : []),
     ...gpus.map((one) => [
       "gpu",
       `${printable(one.description)}: ${bytesText(one.freeBytes)} free of ${bytesText(one.totalBytes)}${one.isUnified ? ", part of the memory" : ""}`,
     ]),
   ];
+}
+
+function gpuAbsence({ path, gpuBackends }: Findings["library"]): string {
+  const compiled = gpuBackends.length === 0 ? "" : `, the library has ${gpuBackends.join(" and ")}`;
+  return path === null ? "not known" : `none that can be used${compiled}`;
 }
 
 function storageRows({ volume, machine }: Findings): readonly (readonly string[])[] {

@@ -2,6 +2,7 @@
 
 import { describe, expect, test } from "bun:test";
 import { adviceFor, type Findings } from "../../src/doctor";
+import { compiledIn } from "../../src/engine";
 import type { Machine } from "../../src/machine";
 
 const storage = {
@@ -39,6 +40,7 @@ const sound: Findings = {
     variant: "avx512-vnni",
     bestVariant: "avx512-vnni",
     passedOver: [],
+    gpuBackends: [],
   },
   machine,
   installedBytes: 32e9,
@@ -86,7 +88,22 @@ describe("advice", () => {
       /^no model runs here: it is gone$/,
     ],
     ["NVIDIA without CUDA", { hasNvidiaDriver: true }, /bun run build --cuda/],
+    [
+      "CUDA without a driver",
+      { library: { ...library, gpuBackends: ["CUDA"] } },
+      /no NVIDIA driver is loaded/,
+    ],
+    [
+      "CUDA whose driver shows nothing",
+      { hasNvidiaDriver: true, library: { ...library, gpuBackends: ["CUDA"] } },
+      /shows this build no GPU .*nvidia-smi/,
+    ],
     ["a Mac without Metal", { platform: "darwin" }, /no Metal/],
+    [
+      "Metal without a GPU",
+      { platform: "darwin", library: { ...library, gpuBackends: ["MTL"] } },
+      /^macOS shows no GPU/,
+    ],
     [
       "a group's memory",
       { machine: limited },
@@ -130,4 +147,16 @@ describe("advice", () => {
     expect(advice).toHaveLength(1);
     expect(advice[0]).toMatch(expected);
   });
+});
+
+test("what llama.cpp says is compiled in", () => {
+  expect(compiledIn("CPU : SSE3 = 1 | AVX = 0 | AVX512_VNNI = 1 | ")).toEqual({
+    instructionSets: ["SSE3", "AVX512_VNNI"],
+    gpuBackends: [],
+  });
+  expect(compiledIn("CUDA : ARCHS = 900 | NO_VMM = 1 | CPU : NEON = 1 | SVE_CNT = 0 | ")).toEqual({
+    instructionSets: ["NEON"],
+    gpuBackends: ["CUDA"],
+  });
+  expect(compiledIn("")).toEqual({ instructionSets: [], gpuBackends: [] });
 });
