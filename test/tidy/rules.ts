@@ -181,6 +181,9 @@ function mayInclude(file: string, name: string): boolean {
       /^(backend|computer|predictor)\.(cpp|h)$/.test(file)
     );
   }
+  if (name === "speculative.cpp") {
+    return file === "speculation.cpp"; // compiled as a part of it
+  }
   if (name === "json.h") {
     return file === "engine.cpp" || file === "tasks.cpp";
   }
