@@ -4,19 +4,24 @@
 // It owns these decisions and their numbers; which draft model there is, is draft.ts's matter. Pure.
 
 import type { Model } from "./model";
-import type { Choice, PlanLimits, Speculation } from "./plan";
+import type { Choice, ContextRule, PlanLimits, Speculation } from "./plan";
 import type { Placement, Speeds } from "./plan-cost";
 import { type GuessExperience, modelKeyOf } from "./plan-history";
 import { bytesText, countText, durationText, rateText } from "./text";
 
 /**
- * What followed the newest match of the last three tokens, else of the last one: of llama.cpp's rules that need no second
- * model the best in each kind of text (replayed, test/bench/NOTES.md). Of a mixture of experts a guess on so little costs
- * reads, and a draft model, which is asked last, is right more often than it: there more has to match.
+ * What followed the longest match of the last tokens, and where less than two match, three times in a row what follows a
+ * word further at the place before: the best in each kind of text but where one token is hardly worth a guess (replayed,
+ * test/bench/NOTES.md). Of a mixture of experts a guess on so little costs reads, and a draft model, which is asked last,
+ * is right more often than it: there more has to match. Requests before are searched for each pass: 65,536 tokens take
+ * some 50 us.
  */
-const longMatchTokens = 3;
-function matchTokensOf(model: Model, draft: Draft | null): number {
-  return draft !== null ? longMatchTokens : model.kind === "mixture-of-experts" ? 2 : 1;
+const memoryTokens = 65_536;
+function contextRule(model: Model, draft: Draft | null): ContextRule {
+  const match = draft !== null ? 3 : 2;
+  return draft !== null || model.kind === "mixture-of-experts"
+    ? { leastMatchTokens: match, trustedMatchTokens: match, mostCarries: 0, memoryTokens }
+    : { leastMatchTokens: 1, trustedMatchTokens: match, mostCarries: 3, memoryTokens };
 }
 /** Where nothing was measured: on two cores a pass over a streamed 6 GB model took as long for 8 tokens as for 1. */
 const usualPassTokens = 8;
@@ -104,9 +109,7 @@ function on({ model, draft }: SpeculationFacts, maxTokens: number, reason: strin
   return {
     speculation: {
       maxTokens,
-      fromContext: true,
-      matchTokens: matchTokensOf(model, draft),
-      longMatchTokens,
+      context: contextRule(model, draft),
       draftPath: draft?.path ?? null,
       draftKey: draft === null ? null : modelKeyOf(draft.model),
       draftProbability: draft === null ? 0 : draftProbability,

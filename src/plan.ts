@@ -130,15 +130,24 @@ export interface Streaming {
   readonly touchedBytesPerToken: number;
 }
 
+/** How guesses come from what was written before. ffi/native/guesser.h, GuessRule. */
+export interface ContextRule {
+  /** Last tokens that have to stand elsewhere. */
+  readonly leastMatchTokens: number;
+  /** So many, and the place they stand at is better than the one that was guessed from before. */
+  readonly trustedMatchTokens: number;
+  /** Guesses in a row that go on at the old place, a word further, where less than that matches. */
+  readonly mostCarries: number;
+  /** Of requests before, in all. */
+  readonly memoryTokens: number;
+}
+
 /** Tokens that are guessed and verified in one pass. ffi/native/engine.h, PlanSpeculation. */
 export interface Speculation {
   /** Guessed at once, at most. */
   readonly maxTokens: number;
-  /** Guesses what followed the last tokens before, in prompt and answer: `longMatchTokens` of them, else `matchTokens`. */
-  readonly fromContext: boolean;
-  readonly matchTokens: number;
-  /** 0: not asked. */
-  readonly longMatchTokens: number;
+  /** Guesses what followed the last tokens before, in prompt and answer and in requests before; null: does not. */
+  readonly context: ContextRule | null;
   /** A small model with the same vocabulary that guesses where the context gives nothing. */
   readonly draftPath: string | null;
   /** What identifies it whatever its file is called (modelKeyOf); native code does not ask. */

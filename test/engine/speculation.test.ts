@@ -13,7 +13,7 @@ import { HypuraError } from "../../src/errors";
 import { openModelFile, readMetadataArray } from "../../src/modelfile";
 import { noLimits, type Plan, type Speculation, totalBytes } from "../../src/plan";
 import { validatePlan } from "../../src/plan-json";
-import { densePassCost, firstOf, mapOfKeys, newestPlace, replayGuesses } from "../bench/guesses";
+import { contextGuesses, densePassCost, replayGuesses } from "../bench/guesses";
 import { makeFixture } from "../fixtures";
 import { openRandom, type Random } from "../fixtures/random";
 import { withPool } from "../golden/compare";
@@ -37,9 +37,7 @@ beforeAll(async () => {
 function guesses(maxTokens: number): Speculation {
   return {
     maxTokens,
-    fromContext: true,
-    matchTokens: 1,
-    longMatchTokens: 3,
+    context: { leastMatchTokens: 1, trustedMatchTokens: 2, mostCarries: 3, memoryTokens: 4096 },
     draftPath: null,
     draftKey: null,
     draftProbability: 0,
@@ -158,17 +156,42 @@ describe("what the counters say", () => {
 
   test("the replay of an answer counts what the engine counted", async () => {
     const plan = streamingPlan("tiny-llama", 1, 7);
+    const { context } = guesses(7);
+    if (context === null) throw new Error("nothing is guessed from the context");
     for (const question of questions(19)) {
-      await using engine = await openEngine(plan); // the core remembers keys of requests before
+      await using engine = await openEngine(plan); // it remembers the requests before
       const told = await tell(engine, greedy(question, 64));
       const replayed = replayGuesses(
         question.prompt,
         told.tokens,
-        firstOf(newestPlace(3, 7), mapOfKeys(1, 7)),
+        contextGuesses({ ...context, maxTokens: 7 }),
         densePassCost,
       );
       expect([replayed.drafted, replayed.accepted]).toEqual([told.drafted, told.accepted]);
+      const none = { drafted: 0, accepted: 0 };
+      const { drafted, accepted } = told;
+      expect(await engine.guesses()).toEqual({ context: { drafted, accepted }, draft: none, mtp: none });
     }
+  });
+
+  test("a request that comes again is guessed from the first, as far as the memory reaches", async () => {
+    const [question = { prompt: [5] }] = questions(23);
+    const other = { prompt: Array.from({ length: 40 }, (_, i) => 300 + 3 * i) };
+    const accepted = async (memoryTokens: number): Promise<readonly number[]> => {
+      const plan = streamingPlan("tiny-llama", 1, 7);
+      const speculation = guesses(7);
+      const context = speculation.context === null ? null : { ...speculation.context, memoryTokens };
+      await using engine = await openEngine({ ...plan, speculation: { ...speculation, context } });
+      const first = await tell(engine, greedy(question, 64));
+      await tell(engine, greedy(other, 4));
+      const again = await tell(engine, greedy(question, 64));
+      expect(again.tokens).toEqual(first.tokens);
+      return [first.accepted, again.accepted];
+    };
+    const [first = 0, again = 0] = await accepted(4096);
+    expect(first).toBeLessThan(50);
+    expect(again).toBeGreaterThan(50); // of 62, but for what the end of an answer leaves out
+    expect(await accepted(0)).toEqual([first, first]);
   });
 
   test("a plan whose batch cannot hold all guesses is refused", async () => {
@@ -276,7 +299,7 @@ describe("a draft model", () => {
 
   const withDraft = (slotCount: number, draftPath: string): Plan => {
     const plan = streamingPlan("tiny-llama", slotCount, 7);
-    return { ...plan, speculation: { ...guesses(7), fromContext: false, draftPath } };
+    return { ...plan, speculation: { ...guesses(7), context: null, draftPath } };
   };
 
   test.each([1, 4])(

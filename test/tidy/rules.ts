@@ -88,6 +88,8 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   // A simplex is a pure function too.
   ["src/plan-place", ["yalps"]],
   ["src/text", []],
+  ["src/guesses", []],
+  ["src/streaming", []],
   ["src/errors", []],
   ["src/ollama-model", []],
   ["src/ollama-options", []],

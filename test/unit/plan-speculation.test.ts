@@ -41,7 +41,10 @@ function choose(change: Partial<SpeculationFacts>, limits: Partial<PlanLimits> =
 
 describe("guesses", () => {
   test("auto guesses for a dense model that streams, and for no other", () => {
-    expect(choose({})).toMatchObject({ maxTokens: 7, fromContext: true, matchTokens: 1, longMatchTokens: 3 });
+    expect(choose({})).toMatchObject({
+      maxTokens: 7,
+      context: { leastMatchTokens: 1, trustedMatchTokens: 2, mostCarries: 3 },
+    });
     expect(choose({ model: experts })).toBeNull();
     expect(choose({ placement: resident })).toBeNull();
     expect(choose({ model: recurrent })).toBeNull();
@@ -154,6 +157,10 @@ describe("a draft model", () => {
   });
 
   test("guesses beside the context", () => {
-    expect(choose({ draft })).toMatchObject({ draftPath: "/d.gguf", fromContext: true, maxTokens: 7 });
+    expect(choose({ draft })).toMatchObject({
+      draftPath: "/d.gguf",
+      context: { leastMatchTokens: 3, mostCarries: 0 },
+      maxTokens: 7,
+    });
   });
 });
