@@ -177,7 +177,6 @@ const plan = object({
       context: nullable(
         object({
           leastMatchTokens: whole(1, 65_535),
-          trustedMatchTokens: whole(1, 65_535),
           mostCarries: whole(0, 65_535),
           memoryTokens: whole(0, 1 << 24),
         }),

@@ -10,18 +10,17 @@ import { type GuessExperience, modelKeyOf } from "./plan-history";
 import { bytesText, countText, durationText, rateText } from "./text";
 
 /**
- * What followed the longest match of the last tokens, and where less than two match, three times in a row what follows a
- * word further at the place before: the best in each kind of text but where one token is hardly worth a guess (replayed,
- * test/bench/NOTES.md). Of a mixture of experts a guess on so little costs reads, and a draft model, which is asked last,
+ * What followed the longest match of the last tokens, and where not even the last one stands elsewhere, three times in a
+ * row what follows a word further at the place before (replayed, test/bench/NOTES.md). Of a mixture of experts a guess on so little costs reads, and a draft model, which is asked last,
  * is right more often than it: there more has to match. Requests before are searched for each pass: 65,536 tokens take
  * some 50 us.
  */
 const memoryTokens = 65_536;
 function contextRule(model: Model, draft: Draft | null): ContextRule {
-  const match = draft !== null ? 3 : 2;
-  return draft !== null || model.kind === "mixture-of-experts"
-    ? { leastMatchTokens: match, trustedMatchTokens: match, mostCarries: 0, memoryTokens }
-    : { leastMatchTokens: 1, trustedMatchTokens: match, mostCarries: 3, memoryTokens };
+  if (draft !== null) return { leastMatchTokens: 3, mostCarries: 0, memoryTokens };
+  return model.kind === "mixture-of-experts"
+    ? { leastMatchTokens: 2, mostCarries: 0, memoryTokens }
+    : { leastMatchTokens: 1, mostCarries: 3, memoryTokens };
 }
 /** Where nothing was measured: on two cores a pass over a streamed 6 GB model took as long for 8 tokens as for 1. */
 const usualPassTokens = 8;

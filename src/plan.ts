@@ -134,9 +134,7 @@ export interface Streaming {
 export interface ContextRule {
   /** Last tokens that have to stand elsewhere. */
   readonly leastMatchTokens: number;
-  /** So many, and the place they stand at is better than the one that was guessed from before. */
-  readonly trustedMatchTokens: number;
-  /** Guesses in a row that go on at the old place, a word further, where less than that matches. */
+  /** Guesses in a row that go on at the place before, a word further, where fewer do. */
   readonly mostCarries: number;
   /** Of requests before, in all. */
   readonly memoryTokens: number;

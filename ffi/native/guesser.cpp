@@ -64,7 +64,7 @@ void Guesser::begin(uint32_t sequence, const std::vector<int32_t> & prompt) {
 
 void Guesser::remember(const std::vector<int32_t> & text, size_t from) {
     const size_t room = rule_.memory_tokens;
-    if (text.size() - from <= rule_.trusted_match || room < 2) {
+    if (text.size() - from <= rule_.least_match || room < 2) {
         return;
     }
     from = std::max(from, text.size() - std::min(text.size(), room - 1));
@@ -99,7 +99,7 @@ std::vector<int32_t> Guesser::guess(uint32_t sequence, const std::vector<int32_t
     // A text that became shorter was shifted: nothing stands where it stood.
     const size_t carried = s.source == Source::none || s.text.size() < s.tokens ? SIZE_MAX : s.at + s.text.size() - s.tokens;
     const bool can_carry = carried < text_of(s, s.source).size() && s.carries < rule_.most_carries;
-    if (match.length >= rule_.trusted_match || (match.length >= rule_.least_match && !can_carry)) {
+    if (match.length >= rule_.least_match) {
         s.source = match.source;
         s.at = match.at;
         s.carries = 0;

@@ -19,8 +19,7 @@ namespace hypura {
 struct GuessRule {
     uint32_t most_tokens = 0;     // guessed at once
     uint32_t least_match = 0;     // last tokens that have to stand elsewhere
-    uint32_t trusted_match = 0;   // so many, and the place they stand at is better than the one guessed from before
-    uint32_t most_carries = 0;    // guesses in a row that go on from there on less
+    uint32_t most_carries = 0;    // guesses in a row that go on at the place before where fewer do
     uint32_t memory_tokens = 0;   // of requests before, in all
 };
 

@@ -181,7 +181,7 @@ export function contextGuesses(rule: ReplayedRule, memory: readonly number[] = [
       const carriedText: readonly number[] = source === null || source.text !== memory ? seen : memory;
       const canCarry = source !== null && carries < rule.mostCarries && carriedAt < carriedText.length;
       seenTokens = seen.length;
-      if (match.length >= rule.trustedMatchTokens || (match.length >= rule.leastMatchTokens && !canCarry)) {
+      if (match.length >= rule.leastMatchTokens) {
         source = { text: match.text, at: match.at };
         carries = 0;
       } else if (canCarry) {

@@ -37,7 +37,7 @@ beforeAll(async () => {
 function guesses(maxTokens: number): Speculation {
   return {
     maxTokens,
-    context: { leastMatchTokens: 1, trustedMatchTokens: 2, mostCarries: 3, memoryTokens: 4096 },
+    context: { leastMatchTokens: 1, mostCarries: 3, memoryTokens: 4096 },
     draftPath: null,
     draftKey: null,
     draftProbability: 0,

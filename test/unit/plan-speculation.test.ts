@@ -43,7 +43,7 @@ describe("guesses", () => {
   test("auto guesses for a dense model that streams, and for no other", () => {
     expect(choose({})).toMatchObject({
       maxTokens: 7,
-      context: { leastMatchTokens: 1, trustedMatchTokens: 2, mostCarries: 3 },
+      context: { leastMatchTokens: 1, mostCarries: 3 },
     });
     expect(choose({ model: experts })).toBeNull();
     expect(choose({ placement: resident })).toBeNull();
