@@ -183,6 +183,7 @@ const plan = object({
       ),
       draftPath: nullable(text),
       draftKey: nullable(text),
+      mtp: flag,
       draftProbability: number,
     }),
   ),

@@ -111,6 +111,7 @@ function on({ model, draft }: SpeculationFacts, maxTokens: number, reason: strin
       context: contextRule(model, draft),
       draftPath: draft?.path ?? null,
       draftKey: draft === null ? null : modelKeyOf(draft.model),
+      mtp: false,
       draftProbability: draft === null ? 0 : draftProbability,
     },
     choice: { name: "speculation", value: `up to ${countText(maxTokens)} tokens, ${source}`, reason },

@@ -150,7 +150,9 @@ export interface Speculation {
   readonly draftPath: string | null;
   /** What identifies it whatever its file is called (modelKeyOf); native code does not ask. */
   readonly draftKey: string | null;
-  /** A draft ends before a token that the draft model holds less likely, 0 to 1. */
+  /** The model's own layers for the tokens after the next guess where the context gives nothing; not beside a draft model. */
+  readonly mtp: boolean;
+  /** A draft ends before a token that the draft model, or the MTP layer, holds less likely, 0 to 1. */
   readonly draftProbability: number;
 }
 

@@ -167,9 +167,10 @@ PlanSpeculation parse_speculation(const common_json & json) {
         s.rule = {s.max_tokens, u32(rule, "leastMatchTokens"), u32(rule, "mostCarries"), u32(rule, "memoryTokens")};
     }
     s.draft_path = json.at("draftPath").is_null() ? "" : json.at("draftPath").get<std::string>();
+    s.from_mtp = json.at("mtp").get<bool>();
     s.draft_probability = json.at("draftProbability").get<double>();
     if (s.max_tokens == 0 || s.max_tokens > UINT16_MAX || (s.from_context && s.rule.least_match == 0) ||
-        s.rule.memory_tokens > most_memory_tokens || !(s.draft_probability >= 0 && s.draft_probability <= 1)) {
+        s.rule.memory_tokens > most_memory_tokens || (s.from_mtp && !s.draft_path.empty()) || !(s.draft_probability >= 0 && s.draft_probability <= 1)) {
         throw std::runtime_error("the speculation of the plan is out of range");
     }
     return s;
@@ -478,9 +479,14 @@ void set_speculation(common_params & p, const PlanSpeculation & s) {
         p.speculative.ngram_simple.size_n = static_cast<uint16_t>(s.rule.least_match);
         p.speculative.ngram_simple.size_m = static_cast<uint16_t>(s.max_tokens);
     }
+    if (s.from_mtp) {
+        p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_DRAFT_MTP);
+    }
     if (!s.draft_path.empty()) {
         p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE);
         p.speculative.draft.mparams.path = s.draft_path;
+    }
+    if (s.from_mtp || !s.draft_path.empty()) {
         p.speculative.draft.n_max = static_cast<int32_t>(s.max_tokens);
         p.speculative.draft.p_min = static_cast<float>(s.draft_probability);
         p.speculative.draft.cpuparams = p.cpuparams;

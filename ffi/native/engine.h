@@ -82,6 +82,7 @@ struct PlanSpeculation {
     bool from_context = false; // what followed before, in prompt and answer and in the requests before
     GuessRule rule;            // for that; all zero where nothing is guessed from it
     std::string draft_path;        // of a small model with the same vocabulary; empty: none
+    bool from_mtp = false;        // the model's own layers for the tokens after the next
     double draft_probability = 0; // a draft ends before a token that the draft model holds less likely
 };
 

@@ -22,13 +22,14 @@ import { compare, type Told, tell } from "./speculation";
 import { planOf } from "./tiny";
 
 const kinds = ["tiny-llama", "tiny-mixtral", "tiny-qwen3moe"] as const;
+const withMtp = "tiny-glm4moe";
 
 const folder = mkdtempSync(join(tmpdir(), "hypura-speculation-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 const models = new Map<string, string>();
 beforeAll(async () => {
-  for (const kind of kinds) {
+  for (const kind of [...kinds, withMtp]) {
     const [path = ""] = await makeFixture(kind, join(folder, `${kind}.gguf`));
     models.set(kind, path);
   }
@@ -40,6 +41,7 @@ function guesses(maxTokens: number): Speculation {
     context: { leastMatchTokens: 1, mostCarries: 3, memoryTokens: 4096 },
     draftPath: null,
     draftKey: null,
+    mtp: false,
     draftProbability: 0,
   };
 }
@@ -363,6 +365,30 @@ describe("a draft model", () => {
     );
     expect(() => plan(null, { speculation: "off" })).toThrow(/leave out one of them/);
   });
+});
+
+// ---- the model's own layers -----------------------------------------------------------------------------------
+
+describe("MTP layers", () => {
+  test.each([1, 4])(
+    "that guess change nothing, and what they guess is told apart, %d slots",
+    async (slots) => {
+      const asked = questions(29).filter((question) => question.logit_bias === undefined);
+      const expected = await tellAll(streamingPlan(withMtp, 1, 0), asked, true);
+      const plan = streamingPlan(withMtp, slots, 4);
+      const speculation = { ...guesses(4), context: null, mtp: true };
+      await using engine = await openEngine({ ...plan, speculation });
+      const told = await Promise.all(asked.slice(0, slots).map((one) => tell(engine, greedy(one))));
+      for (const [i, one] of told.entries()) {
+        const comparison = compare(expected[i] as Told, one);
+        expect(comparison.kind, JSON.stringify(comparison)).not.toBe("different");
+      }
+      const counted = await engine.guesses();
+      expect(counted?.mtp).toEqual({ drafted: sumOf(told, "drafted"), accepted: sumOf(told, "accepted") });
+      expect(counted?.mtp.drafted).toBeGreaterThan(20);
+      expect(counted?.context).toEqual({ drafted: 0, accepted: 0 });
+    },
+  );
 });
 
 // ---- readers that leave ---------------------------------------------------------------------------------------
