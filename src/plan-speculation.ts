@@ -6,7 +6,7 @@
 import type { Model } from "./model";
 import type { Choice, ContextRule, PlanLimits, Speculation } from "./plan";
 import type { Placement, Speeds } from "./plan-cost";
-import { type GuessExperience, modelKeyOf } from "./plan-history";
+import { type GuessExperience, guessKeyOf } from "./plan-history";
 import { bytesText, countText, durationText, rateText } from "./text";
 
 /**
@@ -16,8 +16,8 @@ import { bytesText, countText, durationText, rateText } from "./text";
  * some 50 us.
  */
 const memoryTokens = 65_536;
-function contextRule(model: Model, draft: Draft | null): ContextRule {
-  if (draft !== null) return { leastMatchTokens: 3, mostCarries: 0, memoryTokens };
+function contextRule({ model, draft, mtp }: SpeculationFacts): ContextRule {
+  if (draft !== null || mtp) return { leastMatchTokens: 3, mostCarries: 0, memoryTokens };
   return model.kind === "mixture-of-experts"
     ? { leastMatchTokens: 2, mostCarries: 0, memoryTokens }
     : { leastMatchTokens: 1, mostCarries: 3, memoryTokens };
@@ -56,6 +56,8 @@ export interface SpeculationFacts {
   /** What own runs with this draft, or without one, showed. */
   readonly experience: GuessExperience | null;
   readonly draft: Draft | null;
+  /** Whether the model's own MTP layers guess. */
+  readonly mtp: boolean;
 }
 
 export interface SpeculationChoice {
@@ -102,17 +104,18 @@ function off(reason: string): SpeculationChoice {
   return { speculation: null, choice: { name: "speculation", value: "off", reason } };
 }
 
-function on({ model, draft }: SpeculationFacts, maxTokens: number, reason: string): SpeculationChoice {
-  const source =
-    draft === null ? "guessed from the context" : `guessed from the context and by ${draft.name}`;
+function on(facts: SpeculationFacts, maxTokens: number, reason: string): SpeculationChoice {
+  const { draft, mtp } = facts;
+  const other = draft !== null ? draft.name : mtp ? "the model's MTP layers" : null;
+  const source = `guessed from the context${other === null ? "" : ` and by ${other}`}`;
   return {
     speculation: {
       maxTokens,
-      context: contextRule(model, draft),
+      context: contextRule(facts),
       draftPath: draft?.path ?? null,
-      draftKey: draft === null ? null : modelKeyOf(draft.model),
-      mtp: false,
-      draftProbability: draft === null ? 0 : draftProbability,
+      draftKey: guessKeyOf(draft?.model ?? null, mtp),
+      mtp,
+      draftProbability: other === null ? 0 : draftProbability,
     },
     choice: { name: "speculation", value: `up to ${countText(maxTokens)} tokens, ${source}`, reason },
   };

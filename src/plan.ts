@@ -12,6 +12,7 @@ import type { Estimate, HitCurve } from "./plan-cost";
 import { withDraft } from "./plan-draft";
 import { type MeasuredRun, measuredRun, type RunFigures } from "./plan-history";
 import { type GpuMemoryUse, type MemoryUse, memoryOf, sumOf } from "./plan-memory";
+import { withMtp } from "./plan-mtp";
 import { groupsOf, leastPoolBytes, type ProgramSolver, type Solution } from "./plan-place";
 import { makeMapped, makeResident } from "./plan-resident";
 import { makeStreaming } from "./plan-stream";
@@ -148,7 +149,7 @@ export interface Speculation {
   readonly context: ContextRule | null;
   /** A small model with the same vocabulary that guesses where the context gives nothing. */
   readonly draftPath: string | null;
-  /** What identifies it whatever its file is called (modelKeyOf); native code does not ask. */
+  /** What guesses beside the context, whatever its file is called (guessKeyOf); native code does not ask. */
   readonly draftKey: string | null;
   /** The model's own layers for the tokens after the next guess where the context gives nothing; not beside a draft model. */
   readonly mtp: boolean;
@@ -285,9 +286,11 @@ export function makePlan(
   if (plan === null) {
     throw refusal(task);
   }
-  return limits.draft === undefined || limits.draft === null || limits.speculation === "off"
-    ? plan
-    : withDraft(task, plan, limits.draft, planned);
+  const drafted =
+    limits.draft === undefined || limits.draft === null || limits.speculation === "off"
+      ? plan
+      : withDraft(task, plan, limits.draft, planned);
+  return withMtp(task, drafted, planned);
 }
 
 function planned(task: Task): Plan | null {

@@ -389,6 +389,26 @@ describe("MTP layers", () => {
       expect(counted?.context).toEqual({ drafted: 0, accepted: 0 });
     },
   );
+
+  test("are taken where guesses are, with the memory of their context, and inspect says so", () => {
+    const file = openModelFile(models.get(withMtp) ?? "");
+    const limits = { ...noLimits, mode: "stream", contextTokens: 512, slotCount: 1, threads: 1 } as const;
+    const plan = (change: object) => planOfApi(file, { ...limits, ...change });
+    const line = ({ choices }: Plan) => choices.find(({ name }) => name === "mtp layers");
+    const asked = plan({ speculation: 4 });
+    expect(asked.speculation).toMatchObject({ mtp: true, draftKey: "mtp", maxTokens: 4 });
+    expect(asked.memory.draftBytes).toBeGreaterThan(0);
+    expect(line(asked)).toMatchObject({ value: "1" });
+    expect(validatePlan(JSON.parse(JSON.stringify(asked)))).toEqual(asked);
+    // Of a mixture of experts auto guesses nothing before own runs showed a gain.
+    expect(line(plan({}))).toMatchObject({ value: "not used", reason: expect.stringMatching(/own run/) });
+    expect(line(plan({ speculation: "off" }))).toMatchObject({ value: "not used" });
+    expect(line(plan({ speculation: 4, draftPath: models.get("tiny-llama") }))).toMatchObject({
+      reason: expect.stringMatching(/draft model/),
+    });
+    const without = openModelFile(models.get("tiny-llama") ?? "");
+    expect(line(planOfApi(without, { ...limits, speculation: 4 }))).toBeUndefined();
+  });
 });
 
 // ---- readers that leave ---------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   ["src/plan-cost", []],
   ["src/plan-draft", []],
   ["src/plan-history", []],
+  ["src/plan-mtp", []],
   ["src/plan-json", []],
   ["src/plan-resident", []],
   ["src/plan-speculation", []],

@@ -34,7 +34,14 @@ function speeds(seconds: number): Speeds {
 }
 
 function choose(change: Partial<SpeculationFacts>, limits: Partial<PlanLimits> = {}, batchTokens = 512) {
-  const usual = { model: dense, placement: streamed, speeds: null, experience: null, draft: null };
+  const usual = {
+    model: dense,
+    placement: streamed,
+    speeds: null,
+    experience: null,
+    draft: null,
+    mtp: false,
+  };
   const facts = { ...usual, ...change };
   return chooseSpeculation({ ...facts, limits: { ...noLimits, ...limits } }, batchTokens).speculation;
 }
