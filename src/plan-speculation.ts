@@ -12,15 +12,18 @@ import { bytesText, countText, durationText, rateText } from "./text";
 /**
  * What followed the longest match of the last tokens, and where not even the last one stands elsewhere, three times in a
  * row what follows a word further at the place before (replayed, test/bench/NOTES.md). Of a mixture of experts a guess on so little costs reads, and a draft model, which is asked last,
- * is right more often than it: there more has to match. Requests before are searched for each pass: 65,536 tokens take
+ * is right more often than it: there more has to match. In prose, where few are right, two or three at once leave a pass
+ * short that is not as flat as it was planned to be. Requests before are searched for each pass: 65,536 tokens take
  * some 50 us.
  */
 const memoryTokens = 65_536;
 function contextRule({ model, draft, mtp }: SpeculationFacts): ContextRule {
-  if (draft !== null || mtp) return { leastMatchTokens: 3, mostCarries: 0, memoryTokens };
+  const depth = { leastTokens: 2, tokensPerRight: 4, newestPercent: 30 };
+  const usual = { memoryTokens, ...depth };
+  if (draft !== null || mtp) return { leastMatchTokens: 3, mostCarries: 0, ...usual };
   return model.kind === "mixture-of-experts"
-    ? { leastMatchTokens: 2, mostCarries: 0, memoryTokens }
-    : { leastMatchTokens: 1, mostCarries: 3, memoryTokens };
+    ? { leastMatchTokens: 2, mostCarries: 0, ...usual }
+    : { leastMatchTokens: 1, mostCarries: 3, ...usual };
 }
 /** Where nothing was measured: on two cores a pass over a streamed 6 GB model took as long for 8 tokens as for 1. */
 const usualPassTokens = 8;

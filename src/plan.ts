@@ -139,6 +139,10 @@ export interface ContextRule {
   readonly mostCarries: number;
   /** Of requests before, in all. */
   readonly memoryTokens: number;
+  /** Guessed at once, and so many more for each that was right before, in the mean in which the newest counts a share. */
+  readonly leastTokens: number;
+  readonly tokensPerRight: number;
+  readonly newestPercent: number;
 }
 
 /** Tokens that are guessed and verified in one pass. ffi/native/engine.h, PlanSpeculation. */

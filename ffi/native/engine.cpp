@@ -164,13 +164,14 @@ PlanSpeculation parse_speculation(const common_json & json) {
     s.from_context = !json.at("context").is_null();
     if (s.from_context) {
         const common_json & rule = json.at("context");
-        s.rule = {s.max_tokens, u32(rule, "leastMatchTokens"), u32(rule, "mostCarries"), u32(rule, "memoryTokens")};
+        s.rule = {s.max_tokens, u32(rule, "leastMatchTokens"), u32(rule, "mostCarries"), u32(rule, "memoryTokens"),
+                  u32(rule, "leastTokens"), u32(rule, "tokensPerRight"), u32(rule, "newestPercent")};
     }
     s.draft_path = json.at("draftPath").is_null() ? "" : json.at("draftPath").get<std::string>();
     s.from_mtp = json.at("mtp").get<bool>();
     s.draft_probability = json.at("draftProbability").get<double>();
     if (s.max_tokens == 0 || s.max_tokens > UINT16_MAX || (s.from_context && s.rule.least_match == 0) ||
-        s.rule.memory_tokens > most_memory_tokens || (s.from_mtp && !s.draft_path.empty()) || !(s.draft_probability >= 0 && s.draft_probability <= 1)) {
+        s.rule.memory_tokens > most_memory_tokens || s.rule.newest_percent > 100 || (s.from_mtp && !s.draft_path.empty()) || !(s.draft_probability >= 0 && s.draft_probability <= 1)) {
         throw std::runtime_error("the speculation of the plan is out of range");
     }
     return s;

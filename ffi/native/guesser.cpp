@@ -53,6 +53,17 @@ size_t resync(const std::vector<int32_t> & where, size_t at, int32_t last) {
 
 Guesser::Guesser(const GuessRule & rule, uint32_t sequence_count) : rule_(rule), sequences_(sequence_count) {}
 
+// Whole numbers, so that a replay in another language counts the same.
+void Guesser::learn(uint32_t sequence, uint32_t right) {
+    uint64_t & mean = sequences_[sequence].right_thousandths;
+    mean = (mean * (100 - rule_.newest_percent) + 1000ull * right * rule_.newest_percent) / 100;
+}
+
+size_t Guesser::most_now(const Sequence & s) const {
+    const uint64_t most = rule_.least_tokens + (rule_.tokens_per_right * s.right_thousandths + 999) / 1000;
+    return static_cast<size_t>(std::min<uint64_t>(rule_.most_tokens, most));
+}
+
 void Guesser::begin(uint32_t sequence, const std::vector<int32_t> & prompt) {
     Sequence & s = sequences_[sequence];
     const size_t shorter = std::min(s.text.size(), prompt.size());
@@ -60,6 +71,7 @@ void Guesser::begin(uint32_t sequence, const std::vector<int32_t> & prompt) {
     // What the new prompt repeats is found in the prompt itself.
     remember(s.text, static_cast<size_t>(differs.first - s.text.begin()));
     s = Sequence{};
+    s.right_thousandths = 1000ull * rule_.most_tokens; // until it is known better
 }
 
 void Guesser::remember(const std::vector<int32_t> & text, size_t from) {
@@ -114,7 +126,8 @@ std::vector<int32_t> Guesser::guess(uint32_t sequence, const std::vector<int32_t
     s.memory_version = memory_version_;
     const std::vector<int32_t> & from = text_of(s, s.source);
     std::vector<int32_t> guessed;
-    for (size_t at = s.at; guessed.size() < rule_.most_tokens; ++at) {
+    const size_t most = most_now(s);
+    for (size_t at = s.at; guessed.size() < most; ++at) {
         // Beyond the end of this very text stands what was just guessed: a text that repeats goes on so.
         const bool is_beyond = at >= from.size();
         if (is_beyond && s.source == Source::memory) {

@@ -21,6 +21,11 @@ struct GuessRule {
     uint32_t least_match = 0;     // last tokens that have to stand elsewhere
     uint32_t most_carries = 0;    // guesses in a row that go on at the place before where fewer do
     uint32_t memory_tokens = 0;   // of requests before, in all
+    // Guessed at once are least_tokens and so many for each that was right before, in the mean of the guesses of this
+    // request, in which the newest counts newest_percent: where guesses are wrong a pass is kept short.
+    uint32_t least_tokens = 0;
+    uint32_t tokens_per_right = 0;
+    uint32_t newest_percent = 0;
 };
 
 class Guesser {
@@ -34,6 +39,9 @@ public:
     // images, match nothing and are never guessed.
     std::vector<int32_t> guess(uint32_t sequence, const std::vector<int32_t> & text, int32_t last);
 
+    // Of the last guess in `sequence`, so many were right.
+    void learn(uint32_t sequence, uint32_t right);
+
 private:
     // Where a guess is copied from. `none` where there was none.
     enum class Source { none, text, memory };
@@ -44,6 +52,7 @@ private:
         size_t tokens = 0;  // of the text, when it was
         uint32_t carries = 0;
         uint64_t memory_version = 0;
+        uint64_t right_thousandths = 0; // in the mean
     };
     struct Match {
         Source source;
@@ -51,6 +60,7 @@ private:
         size_t length;
     };
 
+    size_t most_now(const Sequence & s) const;
     Match longest_match(const std::vector<int32_t> & text) const;
     const std::vector<int32_t> & text_of(const Sequence & s, Source source) const {
         return source == Source::memory ? memory_ : s.text;

@@ -39,7 +39,11 @@ struct ContextGuesses : common_speculative_impl {
             }
         }
     }
-    void accept(llama_seq_id, uint16_t, bool) override {}
+    void accept(llama_seq_id sequence, uint16_t accepted, bool is_other) override {
+        if (!is_other) {
+            guesser_.learn(static_cast<uint32_t>(sequence), accepted);
+        }
+    }
 
 private:
     Guesser guesser_;

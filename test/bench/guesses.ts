@@ -148,6 +148,7 @@ export function contextGuesses(rule: ReplayedRule, memory: readonly number[] = [
   let source: Place | null = null;
   let carries = 0;
   let seenTokens = 0;
+  let rightThousandths = 1000 * rule.maxTokens;
   const longestMatchIn = (text: readonly number[], end: number, seen: readonly number[], best: number) => {
     let found = { at: -1, length: best };
     for (let at = end; at > 0 && found.length < longestCompared; at--) {
@@ -192,7 +193,11 @@ export function contextGuesses(rule: ReplayedRule, memory: readonly number[] = [
         return [];
       }
       const isSure = rule.sure !== undefined && match.length >= rule.sure.matchTokens;
-      const most = isSure ? (rule.sure?.maxTokens ?? 0) : rule.maxTokens;
+      const now = Math.min(
+        rule.maxTokens,
+        rule.leastTokens + Math.ceil((rule.tokensPerRight * rightThousandths) / 1000),
+      );
+      const most = isSure ? (rule.sure?.maxTokens ?? 0) : now;
       const guessed: number[] = [];
       for (let at = source.at; guessed.length < most; at++) {
         const end = source.text.length;
@@ -202,7 +207,10 @@ export function contextGuesses(rule: ReplayedRule, memory: readonly number[] = [
       }
       return guessed;
     },
-    learn() {},
+    learn(right) {
+      const percent = rule.newestPercent;
+      rightThousandths = Math.floor((rightThousandths * (100 - percent) + 1000 * right * percent) / 100);
+    },
   };
 }
 

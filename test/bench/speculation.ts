@@ -388,11 +388,13 @@ async function replay(): Promise<void> {
       if (file !== undefined) writeFileSync(file, JSON.stringify(answers));
     }
   }
-  const rule = { leastMatchTokens: 1, mostCarries: 3, maxTokens: 7 };
+  const depth = { leastTokens: 2, tokensPerRight: 4, newestPercent: 30 };
+  const rule = { leastMatchTokens: 1, mostCarries: 3, maxTokens: 7, ...depth };
   const rules: readonly (readonly [string, (memory: readonly number[]) => Guesser])[] = [
     ["the plan's", (memory) => contextGuesses(rule, memory)],
     ["the plan's, nothing remembered", () => contextGuesses(rule)],
     ["the plan's, no carrying on", (memory) => contextGuesses({ ...rule, mostCarries: 0 }, memory)],
+    ["the plan's, always up to 7", (memory) => contextGuesses({ ...rule, leastTokens: 7 }, memory)],
     ["the plan's, up to 15", (memory) => contextGuesses({ ...rule, maxTokens: 15 }, memory)],
     [
       "steered: up to 15 where 12 match",

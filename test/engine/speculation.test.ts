@@ -38,7 +38,14 @@ beforeAll(async () => {
 function guesses(maxTokens: number): Speculation {
   return {
     maxTokens,
-    context: { leastMatchTokens: 1, mostCarries: 3, memoryTokens: 4096 },
+    context: {
+      leastMatchTokens: 1,
+      mostCarries: 3,
+      memoryTokens: 4096,
+      leastTokens: 2,
+      tokensPerRight: 4,
+      newestPercent: 30,
+    },
     draftPath: null,
     draftKey: null,
     mtp: false,
