@@ -4,7 +4,7 @@
 // It owns these decisions and their numbers; which draft model there is, is draft.ts's matter. Pure.
 
 import type { Model } from "./model";
-import type { Choice, ContextRule, PlanLimits, Speculation } from "./plan";
+import type { Choice, ContextRule, Plan, PlanLimits, Speculation } from "./plan";
 import type { Placement, Speeds } from "./plan-cost";
 import { type GuessExperience, guessKeyOf } from "./plan-history";
 import { bytesText, countText, durationText, rateText } from "./text";
@@ -141,6 +141,15 @@ function ownRuns(
     maxTokens: best.maxTokens,
     reason: figures,
   };
+}
+
+/** The plan as it guesses without what requests before left: where the same is asked again, they would say the answer. */
+export function withoutMemory(plan: Plan): Plan {
+  const { speculation } = plan;
+  if (speculation === null || speculation.context === null) {
+    return plan;
+  }
+  return { ...plan, speculation: { ...speculation, context: { ...speculation.context, memoryTokens: 0 } } };
 }
 
 // ---- what a pass takes --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import { join } from "node:path";
 import { planOf } from "../../src/api";
 import { openModelFile } from "../../src/modelfile";
 import { noLimits, type Plan, type PlanLimits, runOf } from "../../src/plan";
+import { withoutMemory } from "../../src/plan-speculation";
 import { loadMachine } from "../../src/profile";
 import { bytesText, parseBytes } from "../../src/text";
 import { compare, type Told } from "../engine/speculation";
@@ -165,17 +166,6 @@ async function realPrompts(): Promise<void> {
   }
 }
 
-/** The plan without what guesses take from requests before. */
-function withoutMemory(plan: Plan): Plan {
-  const { speculation } = plan;
-  return speculation === null || speculation.context === null
-    ? plan
-    : {
-        ...plan,
-        speculation: { ...speculation, context: { ...speculation.context, memoryTokens: 0 } },
-      };
-}
-
 function sourcesText({ guesses }: Figures): string {
   if (guesses === null) return "nothing guessed";
   const told = Object.entries(guesses).filter(([, { drafted }]) => drafted > 0);
@@ -214,7 +204,7 @@ const repeating = {
 
 async function repeat(): Promise<void> {
   const { on, off } = bothPlans(limitsFor(parseBytes(flag("memory") ?? "2G") ?? null, { mode: "stream" }));
-  await using onTeller = await open("on", on);
+  await using onTeller = await open("on", withoutMemory(on)); // the same is asked again
   await using offTeller = await open("off", off);
   const widths: number[] = [];
   const most = on.speculation?.maxTokens ?? 7;
@@ -265,7 +255,8 @@ async function experts(): Promise<void> {
   const file = openModelFile(path);
   const at = new Date().toISOString();
   const { on, off } = bothPlans({ ...limits, speculation: 4 });
-  await using onTeller = await open("on", on);
+  // The same is asked again and again: an answer that is remembered would be guessed for no merit of the text.
+  await using onTeller = await open("on", withoutMemory(on));
   await using offTeller = await open("off", off);
   const tellers = { on: onTeller, off: offTeller };
   // Text that repeats loosely, and text that is new: guesses have something to say in both.
