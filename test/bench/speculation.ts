@@ -398,13 +398,13 @@ async function replay(): Promise<void> {
   ];
   for (const kind of new Set(answers.map((one) => one.kind))) {
     for (const [name, rule] of rules) {
-      const ofKind = answers.filter(
-        (one) => one.kind === kind && distinctShare(one.ids) >= leastDistinct && one.ids.length > 8,
-      );
+      const ofKind = answers
+        .map((one) => ({ ...one, ids: one.ids.slice(0, tokens) }))
+        .filter((one) => one.kind === kind && distinctShare(one.ids) >= leastDistinct && one.ids.length > 8);
       const told = ofKind.map(({ promptIds, ids }, i) => {
         // As the engine remembers them where one is asked after the other: all but the last pass.
         const memory = ofKind.slice(0, i).flatMap((one) => [...one.promptIds, ...one.ids.slice(0, -4), -1]);
-        return replayGuesses(promptIds, ids.slice(0, tokens), rule(memory), densePassCost);
+        return replayGuesses(promptIds, ids, rule(memory), densePassCost);
       });
       console.log(
         `${kind}: ${name}: tokens a pass ${spread(told.map((one) => one.tokens / one.passes))}, speed-up ${spread(told.map((one) => one.tokens / one.cost))}`,

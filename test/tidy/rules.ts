@@ -169,7 +169,7 @@ function anyRule(path: string, text: string): readonly Found[] {
 
 // ---- native code --------------------------------------------------------------------------------------------
 
-const dataPlane = /^(platform|reader|neuron_cache|stream|measure|trace|replay)(_\w+)?\.(cpp|h|mm)$/;
+const dataPlane = /^(platform|reader|neuron_cache|stream|measure|trace|replay|guesser)(_\w+)?\.(cpp|h|mm)$/;
 const ggmlPublic = /^(ggml|ggml-(alloc|backend|cpu|cpp|cuda|metal)|gguf)\.h$/;
 const ggmlInternal = /^ggml-.*(impl|common|quants|threading).*\.h$/;
 
