@@ -5,7 +5,7 @@
 //   bun test/bench/speculation.ts experts FILE [--runs 3]       FILE from `bun test/fixtures/make.ts moe-6g FILE`
 //   bun test/bench/speculation.ts clients FILE [--clients 8]    FILE as for repeat, through `hypura serve`
 //   bun test/bench/speculation.ts replay MODEL [--answers FILE]  what steering each pass would bring
-//   bun test/bench/speculation.ts flips MODEL [--tokens 96]     how often a pass of guesses turns a greedy text
+//   bun test/bench/speculation.ts flips MODEL [--tokens 96] [--kinds json]  how often a pass of guesses turns a greedy text
 // Two processes with the same plan, one that guesses and one that does not, asked the same in turns. Weights are read
 // past the page cache, so every pass is cold. The prompts of prompts.json were written down before any measurement.
 
@@ -420,13 +420,15 @@ async function flips(): Promise<void> {
   const limits = limitsFor(parseBytes(flag("memory") ?? "") ?? null, { speculation: 7 });
   const { on, off } = bothPlans(limits);
   const plain = { ...off, repack: false };
+  const kinds = flag("kinds")?.split(",");
   const told: { on: Told; off: Told }[] = [];
   const rounding: number[] = [];
   {
     // One after the other: this is no measurement of time.
     await using offTeller = await open("off", plain);
     await using onTeller = await open("on", { ...on, repack: false });
-    for (const { prompt } of prompts) {
+    for (const { prompt, kind } of prompts) {
+      if (kinds !== undefined && !kinds.includes(kind)) continue;
       const asked = { chat: prompt, tokens, whole: true };
       const without = await offTeller.ask({ ...asked, margins: true, roundingPlaces: 4 });
       rounding.push(...without.rounding);
