@@ -6,6 +6,7 @@
 //   bun test/bench/speculation.ts clients FILE [--clients 8]    FILE as for repeat, through `hypura serve`
 //   bun test/bench/speculation.ts replay MODEL [--answers FILE]  what steering each pass would bring
 //   bun test/bench/speculation.ts flips MODEL [--tokens 96] [--kinds json]  how often a pass of guesses turns a greedy text
+// `--threads 1` where the cores are not idle: two that wait for each other crawl.
 // Two processes with the same plan, one that guesses and one that does not, asked the same in turns. Weights are read
 // past the page cache, so every pass is cold. The prompts of prompts.json were written down before any measurement.
 
@@ -55,7 +56,9 @@ function open(name: string, plan: Plan): Promise<Teller> {
 }
 
 function limitsFor(memoryBytes: number | null, change: Partial<PlanLimits> = {}): PlanLimits {
-  return { ...noLimits, contextTokens: 1024, slotCount: 1, memoryBytes, ...change };
+  const threads = flag("threads");
+  const given = { contextTokens: 1024, slotCount: 1, memoryBytes };
+  return { ...noLimits, ...given, threads: threads === undefined ? null : Number(threads), ...change };
 }
 
 /** As `run` plans: with what was measured here. */
