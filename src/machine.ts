@@ -37,8 +37,11 @@ export interface Device {
   readonly isUnified: boolean;
 }
 
+/** Of MachineProfile; another one is measured again, because its figures mean something else. */
+export const profileVersion = 2;
+
 export interface MachineProfile {
-  readonly version: 1;
+  readonly version: typeof profileVersion;
   /** What the figures depend on, as `name=value` parts joined by "; ". Another one means another machine. */
   readonly fingerprint: string;
   /** ISO 8601. */
@@ -54,13 +57,33 @@ export interface MachineProfile {
   readonly storage: readonly StorageSpeed[];
 }
 
-/** Matrix products on weights of one type, on the processor, without repacking. */
-export interface ProductSpeed {
-  readonly typeName: string;
-  /** One token: bytes of weights per second, from weights that no cache holds. */
+/**
+ * Elements of a row of the weights that products are measured on. A processor reads short rows more slowly: llama.cpp
+ * hands 64 rows at a time to a thread, each beginning at another place than where the thread's last ones ended.
+ */
+export const measuredRowElements = { short: 512, long: 4096 } as const;
+
+/** Products with one token: bytes of weights per second, from weights that no cache holds. */
+export interface RowSpeeds {
+  /** Of rows of `measuredRowElements.long`. */
   readonly decodeBytesPerSecond: number;
+  /** Of rows of `measuredRowElements.short`. */
+  readonly shortRowBytesPerSecond: number;
+}
+
+/** Matrix products on weights of one type, on the processor. */
+export interface ProductSpeed extends RowSpeeds {
+  readonly typeName: string;
   /** A batch of 512 tokens: floating-point operations (two for each weight and token) per second. */
   readonly prefillFlopsPerSecond: number;
+  /** The same on weights that llama.cpp has rearranged; null where it has no such form of the type here. */
+  readonly repacked: RepackedSpeed | null;
+}
+
+/** Only rearranged weights have a way of their own for experts: as they lie in the file both are equally fast. */
+export interface RepackedSpeed extends RowSpeeds {
+  readonly prefillFlopsPerSecond: number;
+  readonly experts: RowSpeeds;
 }
 
 export interface StorageSpeed {
@@ -349,8 +372,8 @@ export function validateMachine(json: unknown): Machine {
 export function validateProfile(json: unknown, at = ""): MachineProfile {
   const profile = fieldsOf(json, at);
   const version = profile.value("version");
-  if (version !== 1) {
-    throw wrong(`${at}version`, "1, the only version of a profile that there is", version);
+  if (version !== profileVersion) {
+    throw wrong(`${at}version`, `${profileVersion}, which this version of hypura measures`, version);
   }
   return {
     version,
@@ -361,10 +384,27 @@ export function validateProfile(json: unknown, at = ""): MachineProfile {
     copyBytesPerSecond: profile.rate("copyBytesPerSecond"),
     products: profile.list("products", (product) => ({
       typeName: product.text("typeName"),
-      decodeBytesPerSecond: product.rate("decodeBytesPerSecond"),
+      ...rowSpeedsOf(product),
       prefillFlopsPerSecond: product.rate("prefillFlopsPerSecond"),
+      repacked: product.value("repacked") === null ? null : repackedOf(product),
     })),
     storage: profile.list("storage", storageOf),
+  };
+}
+
+function rowSpeedsOf(fields: Fields): RowSpeeds {
+  return {
+    decodeBytesPerSecond: fields.rate("decodeBytesPerSecond"),
+    shortRowBytesPerSecond: fields.rate("shortRowBytesPerSecond"),
+  };
+}
+
+function repackedOf(product: Fields): RepackedSpeed {
+  const repacked = fieldsOf(product.value("repacked"), `${product.at}repacked.`);
+  return {
+    ...rowSpeedsOf(repacked),
+    prefillFlopsPerSecond: repacked.rate("prefillFlopsPerSecond"),
+    experts: rowSpeedsOf(fieldsOf(repacked.value("experts"), `${repacked.at}experts.`)),
   };
 }
 

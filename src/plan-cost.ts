@@ -3,12 +3,19 @@
 // where the machine was not measured the estimate says so and gives no number, and what is assumed of routing is
 // called assumed.
 //
-// One token: the resident weights are read from memory once, at the speed that products on their type reached; the
+// One token: the resident weights are read from memory once, at the speed that products on their type and on rows of
+// their length reached; the
 // experts of a layer that are in the pool are computed while the missing ones are read, so a layer takes
 // serial + max(computing, reading); of a dense model the missing matrices are read ahead in a ring that goes on
 // through the whole pass and across its end, so the pass takes max(computing, reading).
 
-import type { Machine, StorageSpeed } from "./machine";
+import {
+  type Machine,
+  measuredRowElements,
+  type ProductSpeed,
+  type RowSpeeds,
+  type StorageSpeed,
+} from "./machine";
 import type { Model, ModelTensor, StrideSet } from "./model";
 import type { ReaderShape } from "./plan-memory";
 import { bandwidthText, bytesText, durationText, rateText } from "./text";
@@ -59,8 +66,10 @@ export function hitRateAt(curve: HitCurve, share: number): number {
 // ---- what was measured --------------------------------------------------------------------------------------------
 
 export interface Speeds {
-  /** Seconds to read and use so many bytes of weights of a type, for one token. */
+  /** Seconds to read and use so many bytes of weights of a type, for one token, in long rows as they lie in the file. */
   decodeSeconds(typeName: string, bytes: number): number;
+  /** Seconds of the product of a matrix with one token. */
+  productSeconds(typeName: string, matrix: Matrix): number;
   /** Seconds of the products of a matrix with a batch of tokens: between the measured batches, 1 and 512. */
   batchSeconds(typeName: string, matrix: Matrix, tokens: number): number;
   readonly copyBytesPerSecond: number;
@@ -70,9 +79,25 @@ export interface Speeds {
   readonly missingTypes: readonly string[];
 }
 
+/** As in the file; rearranged by llama.cpp; so, and one of a tensor of experts. */
+type Form = "plain" | "repacked" | "experts";
+
 interface Matrix {
   readonly bytes: number;
   readonly elements: number;
+  readonly rowElements: number;
+  readonly form: Form;
+}
+
+/** `bytes` of a tensor: all of it, or what a token touches. */
+export function matrixOf(tensor: ModelTensor, bytes: number, repack: boolean): Matrix {
+  const elements = (elementsOf(tensor) * bytes) / tensor.sizeBytes;
+  const form = !repack
+    ? "plain"
+    : tensor.strides !== null && tensor.strides.strideCount > 1
+      ? "experts"
+      : "repacked";
+  return { bytes, elements, rowElements: tensor.shape[0] ?? 1, form };
 }
 
 /** The batch that prefillFlopsPerSecond was measured with (ProductSpeed of machine.ts). */
@@ -85,20 +110,22 @@ export function speedsOf(model: Model, machine: Machine, threads: number): Speed
     return null;
   }
   const byType = new Map(profile.products.map((product) => [product.typeName, product]));
-  const usual = {
-    decodeBytesPerSecond: middle(profile.products.map((one) => one.decodeBytesPerSecond)),
-    prefillFlopsPerSecond: middle(profile.products.map((one) => one.prefillFlopsPerSecond)),
-  };
+  const usual = usualSpeed(profile.products);
   // Fewer threads than were measured do their share of the work; more were not measured, and promise nothing.
   const share = Math.min(1, threads / profile.computeThreads);
   const of = (typeName: string) => byType.get(typeName) ?? usual;
   const decodeSeconds = (typeName: string, bytes: number): number =>
     bytes / (of(typeName).decodeBytesPerSecond * share);
+  const productSeconds = (typeName: string, matrix: Matrix): number =>
+    rowsSeconds(formOf(of(typeName), matrix.form), matrix) / share;
   return {
     decodeSeconds,
-    batchSeconds(typeName, { bytes, elements }, tokens) {
-      const one = decodeSeconds(typeName, bytes);
-      const full = (2 * elements * measuredBatch) / (of(typeName).prefillFlopsPerSecond * share);
+    productSeconds,
+    batchSeconds(typeName, matrix, tokens) {
+      const one = productSeconds(typeName, matrix);
+      const speed = of(typeName);
+      const { prefillFlopsPerSecond } = matrix.form === "plain" ? speed : (speed.repacked ?? speed);
+      const full = (2 * matrix.elements * measuredBatch) / (prefillFlopsPerSecond * share);
       return one + (Math.max(0, full - one) * (tokens - 1)) / (measuredBatch - 1);
     },
     copyBytesPerSecond: profile.copyBytesPerSecond,
@@ -107,6 +134,37 @@ export function speedsOf(model: Model, machine: Machine, threads: number): Speed
       .filter(([name, bytes]) => !byType.has(name) && bytes > model.tensorBytes / 100)
       .map(([name]) => name),
   };
+}
+
+/** Of a type that was not measured. */
+function usualSpeed(products: readonly ProductSpeed[]): ProductSpeed {
+  return {
+    typeName: "",
+    decodeBytesPerSecond: middle(products.map((one) => one.decodeBytesPerSecond)),
+    shortRowBytesPerSecond: middle(products.map((one) => one.shortRowBytesPerSecond)),
+    prefillFlopsPerSecond: middle(products.map((one) => one.prefillFlopsPerSecond)),
+    repacked: null,
+  };
+}
+
+/** What has no rearranged form is computed as it is. */
+function formOf(speed: ProductSpeed, form: Form): RowSpeeds {
+  if (form === "plain" || speed.repacked === null) return speed;
+  return form === "experts" ? speed.repacked.experts : speed.repacked;
+}
+
+/** On the line through the two lengths of a row that were measured: so much for a row, and so much for each byte. */
+function rowsSeconds(speeds: RowSpeeds, { bytes, elements, rowElements }: Matrix): number {
+  if (elements === 0) return 0;
+  const rowBytes = (count: number): number => (count * bytes) / elements;
+  const short = rowBytes(measuredRowElements.short);
+  const long = rowBytes(measuredRowElements.long);
+  const shortSeconds = short / speeds.shortRowBytesPerSecond;
+  const longSeconds = long / speeds.decodeBytesPerSecond;
+  // Where a noisy measurement found short rows faster a byte costs what it does in long ones, and a row nothing.
+  const byteSeconds = Math.min(longSeconds / long, Math.max(0, longSeconds - shortSeconds) / (long - short));
+  const rowSeconds = longSeconds - byteSeconds * long;
+  return (elements / rowElements) * rowSeconds + bytes * byteSeconds;
 }
 
 function middle(values: readonly number[]): number {
@@ -178,6 +236,8 @@ export interface CostFacts {
   readonly ubatchTokens: number;
   /** Bytes of one token of context on the processor's side. */
   readonly kvBytesPerToken: number;
+  /** Whether llama.cpp rearranges the weights that it can. */
+  readonly repack: boolean;
 }
 
 /** Bytes of weights that one token of decoding takes from each tier. */
@@ -275,7 +335,8 @@ function streamsOf(facts: CostFacts, speeds: Speeds): Streams {
       if (tensor === undefined) continue;
       if (one.kind === "dense") {
         denseReadBytes += tensor.touchedBytesPerToken * (1 - share);
-        denseSeconds += speeds.decodeSeconds(tensor.typeName, tensor.touchedBytesPerToken);
+        const matrix = matrixOf(tensor, tensor.touchedBytesPerToken, false);
+        denseSeconds += speeds.productSeconds(tensor.typeName, matrix);
         denseStrideBytes = Math.max(denseStrideBytes, set.strideBytes);
         continue;
       }
@@ -285,7 +346,9 @@ function streamsOf(facts: CostFacts, speeds: Speeds): Streams {
         used: Math.max(before?.used ?? 0, set.touchedCount),
         tensorCount: (before?.tensorCount ?? 0) + 1,
         bytesEach: bytes,
-        secondsEach: (before?.secondsEach ?? 0) + speeds.decodeSeconds(tensor.typeName, set.strideBytes),
+        secondsEach:
+          (before?.secondsEach ?? 0) +
+          speeds.productSeconds(tensor.typeName, matrixOf(tensor, set.strideBytes, false)),
         hitRate: ((before?.hitRate ?? 0) * (before?.bytesEach ?? 0) + share * set.strideBytes) / bytes,
       });
     }
@@ -327,7 +390,8 @@ export function secondsOfToken(facts: CostFacts, speeds: Speeds): Seconds | null
   const streamed = new Set(placement.classes.flatMap((one) => one.sets.map((set) => set.tensorIndex)));
   for (const tensor of model.tensors) {
     if (placement.tiers[tensor.index] !== "gpu" && !streamed.has(tensor.index)) {
-      serial += speeds.decodeSeconds(tensor.typeName, tensor.touchedBytesPerToken);
+      const matrix = matrixOf(tensor, tensor.touchedBytesPerToken, facts.repack);
+      serial += speeds.productSeconds(tensor.typeName, matrix);
     }
   }
   const streams = streamsOf(facts, speeds);
@@ -361,7 +425,8 @@ export function secondsOfBatch(facts: CostFacts, speeds: Speeds): number | null 
   for (const tensor of model.tensors) {
     if (placement.tiers[tensor.index] === "gpu" || streamed.has(tensor.index)) continue;
     if (tensor.touchedBytesPerToken === 0 || tensor.shape.length < 2 || tensor.role === "embedding") continue;
-    serial += setSeconds(tensor, tensor.strides, tensor.role === "output" ? 1 : ubatchTokens, speeds);
+    const tokens = tensor.role === "output" ? 1 : ubatchTokens;
+    serial += setSeconds(tensor, tensor.strides, { tokens, repack: facts.repack }, speeds);
   }
   if (streamed.size === 0) return serial;
   if (speeds.storage === null) return null;
@@ -371,7 +436,7 @@ export function secondsOfBatch(facts: CostFacts, speeds: Speeds): number | null 
     for (const set of one.sets) {
       const tensor = model.tensors[set.tensorIndex];
       if (tensor === undefined) continue;
-      compute += setSeconds(tensor, set, ubatchTokens, speeds);
+      compute += setSeconds(tensor, set, { tokens: ubatchTokens, repack: false }, speeds);
       read += batchReads(one, set, ubatchTokens) * set.strideBytes;
     }
   }
@@ -379,13 +444,18 @@ export function secondsOfBatch(facts: CostFacts, speeds: Speeds): number | null 
 }
 
 /** Of one tensor; experts get a share of the batch each. */
-function setSeconds(tensor: ModelTensor, set: StrideSet | null, tokens: number, speeds: Speeds): number {
-  const { sizeBytes: bytes, typeName } = tensor;
+function setSeconds(
+  tensor: ModelTensor,
+  set: StrideSet | null,
+  { tokens, repack }: { readonly tokens: number; readonly repack: boolean },
+  speeds: Speeds,
+): number {
+  const { sizeBytes, typeName } = tensor;
   if (set === null || set.strideCount === 1) {
-    return speeds.batchSeconds(typeName, { bytes, elements: elementsOf(tensor) }, tokens);
+    return speeds.batchSeconds(typeName, matrixOf(tensor, sizeBytes, repack), tokens);
   }
   const named = namedStrides(set, tokens);
-  const each = { bytes: set.strideBytes, elements: elementsOf(tensor) / set.strideCount };
+  const each = matrixOf(tensor, set.strideBytes, repack);
   return named * speeds.batchSeconds(typeName, each, (tokens * set.touchedCount) / named);
 }
 

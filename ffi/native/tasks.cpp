@@ -6,9 +6,10 @@
 //   copy      {threads,bufferBytes,durationNs}
 //   scan      the same, only reading
 //             -> one chunk {bytes,ns,threadNs: of processors, all threads together}
-//   products  {threads,pollPercent,types,weightBytes,tensorBytes,rowElements,batchTokens,batchRows,durationNs}
-//             -> a chunk "product" for each type {typeName,decodeBytes,decodeNs,decodePasses,prefillFlops,prefillNs,
-//                prefillPasses}; the durations are of the median pass
+//   products  {threads,pollPercent,weightBytes,durationNs,cases:[{typeName,rowElements,rowCount,tokens,experts: 0 for a
+//              plain product,products: at most,repacked}]}
+//             -> a chunk "product" for each case {bytes,flops,products,ns,passes,isAbsent: it has no such form}; all of
+//                the median pass
 //   reads     {files:[{path,sizeBytes}],hugePages,retryCount,retryWaitNs,pollNs,cells:[{readBytes,skewBytes,depth,direct,
 //              durationNs,seed}]}
 //             -> a chunk "cell" for each cell {readCount,bytes,ns,p50Ns,p99Ns,direct,isExhausted,storageBytes: what the
@@ -207,46 +208,55 @@ TaskBody scan_task(const common_json & json) {
     return memory_task(json, true);
 }
 
+ProductCase parse_product(const common_json & json) {
+    ProductCase one{
+        json.at("typeName").get<std::string>(),
+        small(json, "rowElements", {1, 1u << 20}),
+        small(json, "rowCount", {1, 1u << 20}),
+        small(json, "tokens", {1, 1u << 16}),
+        small(json, "experts", {0, 1u << 10}),
+        small(json, "products", {1, 1u << 20}),
+        json.at("repacked").get<bool>(),
+    };
+    if (!ProductMeasure::has_type(one.type_name)) {
+        throw std::runtime_error("there are no weights of type " + one.type_name);
+    }
+    return one;
+}
+
 TaskBody products_task(const common_json & json) {
     const ProductsSpec spec{
         small(json, "threads", some_threads),
         small(json, "pollPercent", {0, 100}),
         whole(json, "weightBytes", one_or_more),
-        whole(json, "tensorBytes", one_or_more),
-        small(json, "rowElements", {1, 1u << 20}),
-        small(json, "batchTokens", {1, 1u << 16}),
-        small(json, "batchRows", {1, 1u << 20}),
         whole(json, "durationNs", any_count),
     };
-    std::vector<std::string> types;
-    for (const common_json & type : list(json, "types")) {
-        types.push_back(type.get<std::string>());
-        if (!ProductMeasure::has_type(types.back())) {
-            throw std::runtime_error("there are no weights of type " + types.back());
-        }
+    std::vector<ProductCase> cases;
+    for (const common_json & one : list(json, "cases")) {
+        cases.push_back(parse_product(one));
     }
-    return [spec, types](TaskEvents & events) {
+    return [spec, cases](TaskEvents & events) {
+        take_log(); // rearranging is logged
         ProductMeasure measure;
         std::string error;
         if (!measure.open(spec, &error)) {
             throw TaskError(error);
         }
-        for (const std::string & type : types) {
+        for (const ProductCase & one : cases) {
             ProductFigures figures;
-            if (!measure.run(type, [&] { return events.stopped(); }, &figures, &error)) {
+            if (!measure.run(one, [&] { return events.stopped(); }, &figures, &error)) {
                 throw TaskError(error);
             }
             if (events.stopped()) {
                 return;
             }
             events.data(Object()
-                            .add("typeName", json_string(type))
-                            .add("decodeBytes", figures.decode_bytes)
-                            .add("decodeNs", figures.decode_ns)
-                            .add("decodePasses", figures.decode_passes)
-                            .add("prefillFlops", figures.prefill_flops)
-                            .add("prefillNs", figures.prefill_ns)
-                            .add("prefillPasses", figures.prefill_passes)
+                            .add("bytes", figures.bytes)
+                            .add("flops", figures.flops)
+                            .add("products", figures.products)
+                            .add("ns", figures.ns)
+                            .add("passes", figures.passes)
+                            .add("isAbsent", truth(figures.is_absent))
                             .done(),
                         "product");
         }
