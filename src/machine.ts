@@ -51,6 +51,7 @@ export interface MachineProfile {
   readonly computeThreads: number;
   /** Bytes copied from memory to memory, counted once. */
   readonly copyBytesPerSecond: number;
+  readonly steps: StepSeconds;
   /** ggml's type names as the GGUF reader gives them: "q4_K", "f16". */
   readonly products: readonly ProductSpeed[];
   /** loadMachine gives the volume of its folder only: one entry, or none where that was not measured. */
@@ -78,6 +79,16 @@ export interface ProductSpeed extends RowSpeeds {
   readonly prefillFlopsPerSecond: number;
   /** The same on weights that llama.cpp has rearranged; null where it has no such form of the type here. */
   readonly repacked: RepackedSpeed | null;
+}
+
+/** What a layer does for one token beside its products, in seconds for each element. */
+export interface StepSeconds {
+  /** Of a head of the query (not of the keys), times the positions that it looks at. */
+  readonly attention: number;
+  /** Of what the experts of one token answer: weighed and added. */
+  readonly mixing: number;
+  /** Of a row, for one operation like a norm or a sum. */
+  readonly plain: number;
 }
 
 /** Only rearranged weights have a way of their own for experts: as they lie in the file both are equally fast. */
@@ -382,6 +393,7 @@ export function validateProfile(json: unknown, at = ""): MachineProfile {
     cpuModel: profile.text("cpuModel"),
     computeThreads: profile.count("computeThreads"),
     copyBytesPerSecond: profile.rate("copyBytesPerSecond"),
+    steps: stepsOf(fieldsOf(profile.value("steps"), `${at}steps.`)),
     products: profile.list("products", (product) => ({
       typeName: product.text("typeName"),
       ...rowSpeedsOf(product),
@@ -390,6 +402,10 @@ export function validateProfile(json: unknown, at = ""): MachineProfile {
     })),
     storage: profile.list("storage", storageOf),
   };
+}
+
+function stepsOf(steps: Fields): StepSeconds {
+  return { attention: steps.rate("attention"), mixing: steps.rate("mixing"), plain: steps.rate("plain") };
 }
 
 function rowSpeedsOf(fields: Fields): RowSpeeds {

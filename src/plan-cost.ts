@@ -14,6 +14,7 @@ import {
   measuredRowElements,
   type ProductSpeed,
   type RowSpeeds,
+  type StepSeconds,
   type StorageSpeed,
 } from "./machine";
 import type { Model, ModelTensor, StrideSet } from "./model";
@@ -73,6 +74,8 @@ export interface Speeds {
   /** Seconds of the products of a matrix with a batch of tokens: between the measured batches, 1 and 512. */
   batchSeconds(typeName: string, matrix: Matrix, tokens: number): number;
   readonly copyBytesPerSecond: number;
+  /** On the threads of the plan. */
+  readonly steps: StepSeconds;
   /** Null: no storage was measured. */
   readonly storage: StorageSpeed | null;
   /** Of the model's types, those that were not measured and take the median of the others. */
@@ -129,6 +132,12 @@ export function speedsOf(model: Model, machine: Machine, threads: number): Speed
       return one + (Math.max(0, full - one) * (tokens - 1)) / (measuredBatch - 1);
     },
     copyBytesPerSecond: profile.copyBytesPerSecond,
+    steps: {
+      attention: profile.steps.attention / share,
+      mixing: profile.steps.mixing / share,
+      // A row is too short to be shared among threads.
+      plain: profile.steps.plain,
+    },
     storage: profile.storage[0] ?? null,
     missingTypes: [...model.bytesByType]
       .filter(([name, bytes]) => !byType.has(name) && bytes > model.tensorBytes / 100)
@@ -382,11 +391,36 @@ function expertSeconds(layer: ExpertLayer, facts: CostFacts, storage: StorageSpe
   return expected;
 }
 
+/**
+ * Operations on a row in llama.cpp's graph of a layer: two norms, two rotations, two rows kept, two sums, a product of
+ * gate and up and its function; and of a router: its softmax, the order, the shares picked, summed, divided and set.
+ */
+const plainOperations = { layer: 10, router: 6 } as const;
+
+/** What a token costs beside products with weights. */
+function stepsSeconds(
+  { model, kvBytesPerToken, placement }: CostFacts,
+  { steps, copyBytesPerSecond }: Speeds,
+): number {
+  // Layers on a GPU are computed there; nothing was measured of it.
+  const layers = Math.max(0, model.layerCount - placement.gpuLayers);
+  const isMixture = model.kind === "mixture-of-experts";
+  const headElements = model.headCount * ((model.keyLength + model.valueLength) / 2);
+  const attending = model.memoryLayers.filter(
+    (one) => one.layer >= placement.gpuLayers && one.keyElements + one.valueElements > 0,
+  );
+  const attention = attending.length * headElements * filledTokens * steps.attention;
+  const memory = (kvBytesPerToken * filledTokens) / copyBytesPerSecond;
+  const mixing = isMixture ? layers * model.expertUsedCount * model.embeddingLength * steps.mixing : 0;
+  const operations = layers * (plainOperations.layer + (isMixture ? plainOperations.router : 0));
+  return Math.max(attention, memory) + mixing + operations * model.embeddingLength * steps.plain;
+}
+
 /** Null where something is streamed and no storage was measured. */
 export function secondsOfToken(facts: CostFacts, speeds: Speeds): Seconds | null {
   const { model, placement } = facts;
   const { storage } = speeds;
-  let serial = (facts.kvBytesPerToken * filledTokens) / speeds.copyBytesPerSecond;
+  let serial = stepsSeconds(facts, speeds);
   const streamed = new Set(placement.classes.flatMap((one) => one.sets.map((set) => set.tensorIndex)));
   for (const tensor of model.tensors) {
     if (placement.tiers[tensor.index] !== "gpu" && !streamed.has(tensor.index)) {

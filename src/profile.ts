@@ -17,6 +17,7 @@ import {
   type RowSpeeds,
   readMachine,
   readProcessor,
+  type StepSeconds,
   type StorageSpeed,
   validateProfile,
   volumeOf,
@@ -221,6 +222,7 @@ async function measureProcessor(
   const computeThreads = machine.computeCores;
   options.onProgress?.("memory", 0);
   const copyBytesPerSecond = await measureCopy(machine, options);
+  const steps = await measureSteps(machine, options);
   const products = await measureProducts(machine, options);
   return {
     version: profileVersion,
@@ -229,6 +231,7 @@ async function measureProcessor(
     cpuModel: model,
     computeThreads,
     copyBytesPerSecond,
+    steps,
     products,
     storage: [],
   };
@@ -253,6 +256,38 @@ async function measureCopy(machine: Machine, options: LoadOptions): Promise<numb
     return Math.round((bytes / Math.max(1, ns)) * 1e9);
   }
   throw new HypuraError("internal", "copying memory was measured without a word");
+}
+
+/** Layers of a model of a few billion weights, and a conversation's beginning; `operations` is what a step is made of. */
+const stepCases = [
+  { kind: "attention", width: 128, heads: 16, keyHeads: 4, parts: 256, steps: 32, operations: 1 },
+  { kind: "mixing", width: 2048, heads: 1, keyHeads: 1, parts: 8, steps: 32, operations: 1 },
+  // llama.cpp computes a norm and its weights at once; the sum is the second.
+  { kind: "plain", width: 2048, heads: 1, keyHeads: 1, parts: 1, steps: 128, operations: 2 },
+] as const;
+
+async function measureSteps(machine: Machine, options: LoadOptions): Promise<StepSeconds> {
+  const { run = runTask, signal, seconds = defaultSeconds } = options;
+  const body = {
+    threads: machine.computeCores,
+    pollPercent: 50,
+    durationNs: Math.round(seconds * shares.product * 1e9),
+    cases: stepCases.map(({ operations: _, ...one }) => one),
+  };
+  const best = stepCases.map(() => Infinity);
+  for (let round = 0; round < productRounds; round++) {
+    let index = 0;
+    for await (const { data } of run("steps", body, signal)) {
+      const one = stepCases[index];
+      if (one === undefined) break;
+      const elements = one.width * one.heads * one.parts * one.steps * one.operations;
+      const each = (data as { readonly ns: number }).ns / 1e9 / elements;
+      best[index] = Math.min(best[index] ?? Infinity, each);
+      index++;
+    }
+  }
+  const [attention = 0, mixing = 0, plain = 0] = best;
+  return { attention, mixing, plain };
 }
 
 /** What native code says of a case (ffi/native/tasks.cpp); of a form that a type has not, nothing but that. */

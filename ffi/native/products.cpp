@@ -77,7 +77,7 @@ struct ProductMeasure::Impl {
 
     void fill(ggml_type type);
     bool place(const std::vector<ggml_tensor *> & tensors);
-    bool time_graph(ggml_cgraph * graph, const std::function<bool()> & stop, ProductFigures * figures);
+    bool time_graph(ggml_cgraph * graph, const std::function<bool()> & stop, uint64_t * median_ns, uint64_t * passes);
 };
 
 ProductMeasure::ProductMeasure() : impl_(std::make_unique<Impl>()) {}
@@ -142,7 +142,7 @@ bool ProductMeasure::Impl::place(const std::vector<ggml_tensor *> & tensors) {
     return true;
 }
 
-bool ProductMeasure::Impl::time_graph(ggml_cgraph * graph, const std::function<bool()> & stop, ProductFigures * figures) {
+bool ProductMeasure::Impl::time_graph(ggml_cgraph * graph, const std::function<bool()> & stop, uint64_t * median_ns, uint64_t * passes) {
     std::vector<uint64_t> durations_ns;
     const uint64_t start_ns = platform::now_ns();
     do {
@@ -155,8 +155,8 @@ bool ProductMeasure::Impl::time_graph(ggml_cgraph * graph, const std::function<b
     if (durations_ns.size() > 1) {
         durations_ns.erase(durations_ns.begin()); // it woke the threads and made memory present
     }
-    figures->passes = durations_ns.size();
-    figures->ns = std::max<uint64_t>(1, median(durations_ns));
+    *passes = durations_ns.size();
+    *median_ns = std::max<uint64_t>(1, median(durations_ns));
     return true;
 }
 
@@ -231,7 +231,58 @@ bool ProductMeasure::run(const ProductCase & one, const std::function<bool()> & 
     figures->products = count;
     figures->bytes = count * tensor_bytes;
     figures->flops = 2ull * one.row_elements * one.row_count * matrices * count * one.token_count;
-    return my.time_graph(graph, stop, figures);
+    return my.time_graph(graph, stop, &figures->ns, &figures->passes);
+}
+
+namespace {
+
+// One step on tensors of its own, as llama.cpp's graphs of models have it.
+ggml_tensor * build_step(ggml_context * context, const StepCase & one) {
+    const int64_t width = one.width;
+    const int64_t parts = one.part_count;
+    switch (one.kind) {
+    case StepKind::kAttention: {
+        ggml_tensor * query = ggml_new_tensor_3d(context, GGML_TYPE_F32, width, 1, one.head_count);
+        ggml_tensor * keys = ggml_new_tensor_3d(context, GGML_TYPE_F16, width, parts, one.key_head_count);
+        ggml_tensor * values = ggml_new_tensor_3d(context, GGML_TYPE_F16, width, parts, one.key_head_count);
+        return ggml_flash_attn_ext(context, query, keys, values, nullptr, 1 / std::sqrt(static_cast<float>(width)), 0, 0);
+    }
+    case StepKind::kMixing: {
+        ggml_tensor * answers = ggml_new_tensor_3d(context, GGML_TYPE_F32, width, parts, 1);
+        ggml_tensor * shares = ggml_new_tensor_3d(context, GGML_TYPE_F32, 1, parts, 1);
+        ggml_tensor * weighed = ggml_mul(context, answers, shares);
+        ggml_tensor * sum = ggml_view_2d(context, weighed, width, 1, weighed->nb[2], 0);
+        for (int64_t i = 1; i < parts; ++i) {
+            sum = ggml_add(context, sum, ggml_view_2d(context, weighed, width, 1, weighed->nb[2], static_cast<size_t>(i) * weighed->nb[1]));
+        }
+        return sum;
+    }
+    case StepKind::kPlain: {
+        ggml_tensor * row = ggml_new_tensor_1d(context, GGML_TYPE_F32, width);
+        ggml_tensor * weights = ggml_new_tensor_1d(context, GGML_TYPE_F32, width);
+        return ggml_add(context, ggml_mul(context, ggml_rms_norm(context, row, 1e-5f), weights), row);
+    }
+    }
+    return nullptr;
+}
+
+} // namespace
+
+bool ProductMeasure::run_steps(const StepCase & one, const std::function<bool()> & stop, StepFigures * figures, std::string * error) {
+    *error = "llama.cpp could not compute the steps of a layer";
+    const size_t tensor_count = one.step_count * (2ull * one.part_count + 8); // of mixing: a view and a sum for each part
+    const ggml_init_params params = {tensor_count * ggml_tensor_overhead() + ggml_graph_overhead_custom(tensor_count, false), nullptr, true};
+    const ggml_context_ptr context(ggml_init(params));
+    ggml_cgraph * graph = ggml_new_graph_custom(context.get(), tensor_count, false);
+    for (uint32_t i = 0; i < one.step_count; ++i) {
+        ggml_build_forward_expand(graph, build_step(context.get(), one));
+    }
+    const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(context.get(), impl_->backend.get()));
+    if (!buffer) {
+        return false;
+    }
+    ggml_backend_buffer_clear(buffer.get(), 0); // zeros: every one of the sums is sound
+    return impl_->time_graph(graph, stop, &figures->ns, &figures->passes);
 }
 
 } // namespace hypura

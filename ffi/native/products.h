@@ -1,4 +1,5 @@
-// products.h - how fast the processor multiplies with weights of a type, as llama.cpp's CPU backend does it.
+// products.h - how fast the processor multiplies with weights of a type, and what a layer does beside, as llama.cpp's CPU
+// backend does it.
 //
 // Owns the weights, the graphs and the timing. The weights lie in plain memory, or in llama.cpp's own where it rearranges
 // them. Every number comes in the spec and the cases.
@@ -38,6 +39,27 @@ struct ProductFigures {
     uint64_t passes = 0;
 };
 
+// What a layer does beside its products, for one token.
+enum class StepKind {
+    kAttention, // one query over what is kept of the past, in f16
+    kMixing,    // the answers of a token's experts, weighed and added
+    kPlain,     // a norm with its weights, and a sum
+};
+
+struct StepCase {
+    StepKind kind;
+    uint32_t width;          // elements: of a head; of an expert's answer; of the row
+    uint32_t head_count;     // attention: of the query
+    uint32_t key_head_count; // attention: a divisor of it
+    uint32_t part_count;     // attention: positions; mixing: experts
+    uint32_t step_count;     // of the graph
+};
+
+struct StepFigures {
+    uint64_t ns = 0; // of the median pass
+    uint64_t passes = 0;
+};
+
 class ProductMeasure {
 public:
     ProductMeasure();
@@ -52,6 +74,9 @@ public:
     bool open(const ProductsSpec & spec, std::string * error);
     // False with a sentence; stopped: true with what was measured so far.
     bool run(const ProductCase & one, const std::function<bool()> & stop, ProductFigures * figures, std::string * error);
+
+    // The same for a graph of steps; the type of weights plays no part.
+    bool run_steps(const StepCase & one, const std::function<bool()> & stop, StepFigures * figures, std::string * error);
 
 private:
     struct Impl;

@@ -10,6 +10,8 @@
 //              plain product,products: at most,repacked}]}
 //             -> a chunk "product" for each case {bytes,flops,products,ns,passes,isAbsent: it has no such form}; all of
 //                the median pass
+//   steps     {threads,pollPercent,durationNs,cases:[{kind:"attention"|"mixing"|"plain",width,heads,keyHeads,parts,steps}]}
+//             -> a chunk "steps" for each case {ns,passes}, of the median pass
 //   reads     {files:[{path,sizeBytes}],hugePages,retryCount,retryWaitNs,pollNs,cells:[{readBytes,skewBytes,depth,direct,
 //              durationNs,seed}]}
 //             -> a chunk "cell" for each cell {readCount,bytes,ns,p50Ns,p99Ns,direct,isExhausted,storageBytes: what the
@@ -259,6 +261,55 @@ TaskBody products_task(const common_json & json) {
                             .add("isAbsent", truth(figures.is_absent))
                             .done(),
                         "product");
+        }
+    };
+}
+
+StepCase parse_step(const common_json & json) {
+    const std::string kind = json.at("kind").get<std::string>();
+    if (kind != "attention" && kind != "mixing" && kind != "plain") {
+        throw std::runtime_error("a layer has no step " + kind);
+    }
+    const StepCase one{
+        kind == "attention" ? StepKind::kAttention : kind == "mixing" ? StepKind::kMixing : StepKind::kPlain,
+        small(json, "width", {1, 1u << 20}),
+        small(json, "heads", {1, 1u << 10}),
+        small(json, "keyHeads", {1, 1u << 10}),
+        small(json, "parts", {1, 1u << 16}),
+        small(json, "steps", {1, 1u << 12}),
+    };
+    if (one.head_count % one.key_head_count != 0) {
+        throw std::runtime_error("heads of the query are a multiple of those of the keys");
+    }
+    return one;
+}
+
+TaskBody steps_task(const common_json & json) {
+    const ProductsSpec spec{
+        small(json, "threads", some_threads),
+        small(json, "pollPercent", {0, 100}),
+        platform::kDirectAlign, // no weights
+        whole(json, "durationNs", any_count),
+    };
+    std::vector<StepCase> cases;
+    for (const common_json & one : list(json, "cases")) {
+        cases.push_back(parse_step(one));
+    }
+    return [spec, cases](TaskEvents & events) {
+        ProductMeasure measure;
+        std::string error;
+        if (!measure.open(spec, &error)) {
+            throw TaskError(error);
+        }
+        for (const StepCase & one : cases) {
+            StepFigures figures;
+            if (!measure.run_steps(one, [&] { return events.stopped(); }, &figures, &error)) {
+                throw TaskError(error);
+            }
+            if (events.stopped()) {
+                return;
+            }
+            events.data(Object().add("ns", figures.ns).add("passes", figures.passes).done(), "steps");
         }
     };
 }
@@ -604,6 +655,7 @@ struct Task {
 constexpr Task tasks[] = {
     {"cached", cached_task}, {"copy", copy_task},   {"devices", devices_task}, {"products", products_task},
     {"reads", reads_task},   {"replay", replay_task}, {"scan", scan_task},       {"scratch", scratch_task},
+    {"steps", steps_task},
 };
 
 void run_task(const TaskBody & body, TaskEvents & events) {

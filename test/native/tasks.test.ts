@@ -85,6 +85,15 @@ test("products: rearranged where llama.cpp has such a form, plain and of experts
   expect((figures[1]?.bytes ?? 0) / (figures[1]?.products ?? 1)).toBe((1024 / 32) * 18 * 32 * 4);
 });
 
+test("steps: each kind of what a layer does beside its products", async () => {
+  const sizes = { width: 64, heads: 6, keyHeads: 2, parts: 4, steps: 3 };
+  const cases = ["attention", "mixing", "plain"].map((kind) => ({ kind, ...sizes }));
+  const chunks = await answers("steps", { threads: 2, pollPercent: 0, durationNs: 0, cases });
+  expect(chunks.map(({ name, data }) => [name, data])).toEqual(
+    cases.map(() => ["steps", { ns: expect.any(Number), passes: 1 }]),
+  );
+});
+
 test("scratch and reads: what was written is read, every place once", () =>
   inScratch(async (folder) => {
     const path = join(folder, "file");
@@ -130,6 +139,14 @@ test.each([
     { ...smallProducts, cases: [{ ...smallCase, typeName: "i32" }] },
   ],
   ["a type for activations", "products", { ...smallProducts, cases: [{ ...smallCase, typeName: "q8_K" }] }],
+  [
+    "a step that layers have not",
+    "steps",
+    {
+      ...{ threads: 1, pollPercent: 0, durationNs: 0 },
+      cases: [{ kind: "dancing", width: 64, heads: 1, keyHeads: 1, parts: 1, steps: 1 }],
+    },
+  ],
   ["no products", "products", { ...smallProducts, cases: [] }],
   [
     "no files",

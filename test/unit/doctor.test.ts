@@ -25,6 +25,7 @@ const machine: Machine = {
     cpuModel: "",
     computeThreads: 8,
     copyBytesPerSecond: 1e10,
+    steps: { attention: 1e-10, mixing: 1e-9, plain: 1e-9 },
     products: [],
     storage: [storage],
   },

@@ -85,6 +85,11 @@ function fakeNative(
       case "copy":
         yield { data: { bytes: 20e9, ns: 1e9 } };
         return;
+      case "steps":
+        for (const _ of (body as { cases: readonly unknown[] }).cases) {
+          yield { data: { ns: 1e6 * asked.filter((one) => one === "steps").length, passes: 1 } };
+        }
+        return;
       case "products": {
         const round = asked.filter((one) => one === "products").length - 1;
         const ns = (answers.productSeconds?.[round] ?? 1) * 1e9;
@@ -127,7 +132,20 @@ function fakeNative(
 }
 
 const everything = [
-  ...["copy", "products", "products", "products", "products", "products", "scratch"],
+  ...[
+    "copy",
+    "steps",
+    "steps",
+    "steps",
+    "steps",
+    "steps",
+    "products",
+    "products",
+    "products",
+    "products",
+    "products",
+    "scratch",
+  ],
   ...["reads", "reads", "reads", "reads", "reads", "reads"],
 ];
 
@@ -157,6 +175,8 @@ describe("the profile", () => {
     const asked: string[] = [];
     const run = fakeNative(asked, { productSeconds: [4, 1.5, 2, 2, 2] });
     const { profile } = await loadMachine(options(asked, [], { run }));
+    expect(profile?.steps.mixing).toBe(1e-3 / (2048 * 8 * 32));
+    expect(profile?.steps.plain).toBe(1e-3 / (2048 * 128 * 2));
     expect(profile?.products.length).toBe(17);
     for (const product of profile?.products ?? []) {
       const rows = { decodeBytesPerSecond: 20e9, shortRowBytesPerSecond: 20e9 };

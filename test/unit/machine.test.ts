@@ -104,6 +104,7 @@ const sound = {
     cpuModel: "Apple M1 Max",
     computeThreads: 8,
     copyBytesPerSecond: 60e9,
+    steps: { attention: 1e-10, mixing: 1e-9, plain: 1e-9 },
     products: [
       {
         typeName: "q4_K",
@@ -160,6 +161,8 @@ describe("a machine from a file", () => {
     ["profile.copyBytesPerSecond", null, "profile.copyBytesPerSecond must be a number above 0, and is null"],
     ["profile.products.0.typeName", 3, "profile.products[0].typeName must be a text"],
     ["profile.products.0.prefillFlopsPerSecond", -1, "profile.products[0].prefillFlopsPerSecond must be"],
+    ["profile.steps", undefined, "lacks the field profile.steps"],
+    ["profile.steps.mixing", 0, "profile.steps.mixing must be a number above 0"],
     ["profile.products.1.repacked", undefined, "lacks the field profile.products[1].repacked"],
     [
       "profile.products.0.repacked.experts.shortRowBytesPerSecond",

@@ -207,6 +207,37 @@ describe("rows", () => {
   });
 });
 
+describe("steps beside the products", () => {
+  const slowSteps = (steps: Partial<NonNullable<Machine["profile"]>["steps"]>): Machine => {
+    const machine = machineOf(machines["ci-24g"]);
+    return machine.profile === null
+      ? machine
+      : { ...machine, profile: { ...machine.profile, steps: { ...machine.profile.steps, ...steps } } };
+  };
+  const more = (name: Parameters<typeof shapeModel>[0], machine: Machine): number => {
+    const seconds = (on: Machine): number => plan(name, on).estimate.modelSeconds ?? 0;
+    return seconds(machine) - seconds(machineOf(machines["ci-24g"]));
+  };
+
+  test("attention over 256 positions counts where it takes longer than reading them", () => {
+    const { headCount, keyLength, layerCount } = shapeModel("llama-8b");
+    const elements = headCount * keyLength * layerCount * 256;
+    const reading = (256 * 131_072) / 9e9;
+    expect(more("llama-8b", slowSteps({ attention: 1e-9 }))).toBeCloseTo(elements * 1e-9 - reading, 6);
+    expect(more("llama-8b", slowSteps({ attention: reading / elements / 2 }))).toBeCloseTo(0, 9);
+  });
+
+  test("experts' answers are mixed in mixtures alone, rows are normed and added in all", () => {
+    expect(more("llama-8b", slowSteps({ mixing: 1e-6 }))).toBe(0);
+    const { embeddingLength, layerCount } = shapeModel("llama-8b");
+    const rows = layerCount * 10 * embeddingLength;
+    expect(more("llama-8b", slowSteps({ plain: 1e-9 }))).toBeCloseTo(rows * 1e-9, 6);
+    const facts = shapeModel("qwen3-30b");
+    const answers = facts.layerCount * facts.expertUsedCount * facts.embeddingLength;
+    expect(more("qwen3-30b", slowSteps({ mixing: 1e-9 }))).toBeCloseTo(answers * 1e-9, 6);
+  });
+});
+
 test("nothing measured: no number, and what to do", () => {
   for (const name of ["llama-8b", "llama-70b", "qwen3-30b"] as const) {
     const made = plan(name, {
