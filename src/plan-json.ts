@@ -94,6 +94,7 @@ const streaming = object({
     dropBuffered: flag,
     retryCount: whole(0, 1000),
     retryWaitNs: bytes,
+    prefetchDepth: whole(0, 1024),
   }),
   lookaheadStrides: whole(0, 0x7fff_ffff),
   prediction: nullable(

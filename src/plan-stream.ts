@@ -41,6 +41,7 @@ import {
   kvChoices,
   leastUbatchTokens,
   noGpu,
+  prefetchDepthOf,
   roomOf,
   type Sides,
   speculationFacts,
@@ -281,6 +282,10 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
   const tensors = streamedTensors(model, placement);
   const expected = choosePrediction(model, tensors, classes);
   const guesses = chooseSpeculation(speculationFacts(task, placement), ubatchTokens);
+  const longest = Math.max(...placement.classes.map((one) => one.strideBytes));
+  // What a ring reads ahead is all that there is to read.
+  const isBounded = expected.prediction !== null && !hasDense;
+  const prefetchDepth = isBounded ? prefetchDepthOf(machine, reader, longest) : 0;
   return {
     ...commonPart(task, placement, { context, sides: full, ubatchTokens }),
     mode,
@@ -299,6 +304,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
         dropBuffered: true,
         retryCount,
         retryWaitNs,
+        prefetchDepth,
       },
       lookaheadStrides: lookahead,
       prediction: expected.prediction,
@@ -352,6 +358,15 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
           : "experts are known when the router has chosen",
       },
       ...(expected.choice === null ? [] : [expected.choice]),
+      ...(isBounded
+        ? [
+            {
+              name: "early reads",
+              value: `${countText(prefetchDepth)} at once`,
+              reason: "they keep the disk busy, and what is waited for shares it with no more",
+            },
+          ]
+        : []),
       {
         name: "reader",
         value: `${countText(reader.threads)} threads, pieces of ${bytesText(reader.pieceBytes)}`,

@@ -185,6 +185,27 @@ function readerOf(model: Model, machine: Machine, budget: number): Task["reader"
       };
 }
 
+/** Of the best bandwidth, what reads that are done early have to reach. */
+const prefetchShare = 0.9;
+/** One after the other, the disk would rest between them. */
+const leastPrefetchReads = 2;
+
+/**
+ * How many reads that nobody waits for yet are under way at once: the fewest that keep the disk busy, since one that is
+ * waited for shares it with them.
+ */
+export function prefetchDepthOf(machine: Machine, reader: ReaderShape, strideBytes: number): number {
+  const storage = machine.profile?.storage[0];
+  if (storage === undefined) return Math.min(leastPrefetchReads, reader.threads);
+  const depths = Array.from({ length: reader.threads }, (_, i) => i + 1);
+  const bandwidths = depths.map((depth) =>
+    bandwidthAt(storage, Math.min(reader.pieceBytes, strideBytes), depth),
+  );
+  const enough = prefetchShare * Math.max(...bandwidths);
+  const fewest = depths.find((_, i) => (bandwidths[i] ?? 0) >= enough) ?? reader.threads;
+  return Math.min(reader.threads, Math.max(leastPrefetchReads, fewest));
+}
+
 export function useOf(
   task: Task,
   wanted: { readonly contextTokens: number; readonly ubatchTokens: number; readonly gpuLayers: number },

@@ -118,6 +118,8 @@ export interface Streaming {
     readonly dropBuffered: boolean;
     readonly retryCount: number;
     readonly retryWaitNs: number;
+    /** Reads under way beyond which none begins that nobody waits for; 0: no bound. */
+    readonly prefetchDepth: number;
   };
   readonly lookaheadStrides: number;
   /** Null: routers are waited for. */

@@ -143,6 +143,7 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     s.reader.drop_buffered = reader.at("dropBuffered").get<bool>();
     s.reader.retry_count = u32(reader, "retryCount");
     s.reader.retry_wait_ns = u64(reader, "retryWaitNs");
+    s.reader.prefetch_depth = u32(reader, "prefetchDepth");
     s.lookahead_strides = u32(json, "lookaheadStrides");
     s.huge_pages = json.at("hugePages").get<bool>();
     s.touch_threads = u32(json, "touchThreads");

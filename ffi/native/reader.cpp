@@ -119,9 +119,11 @@ void ReadQueue::open(uint32_t job_count, const ReadSpec& spec) {
     jobs_ = std::make_unique<Job[]>(job_count);
     job_count_ = job_count;
     active_count_ = 0;
-    queued_bytes_ = 0;
+    queued_bytes_[0] = queued_bytes_[1] = 0;
+    in_flight_count_ = 0;
     heads_[0] = heads_[1] = tails_[0] = tails_[1] = kNone;
     piece_bytes_ = spec.piece_bytes;
+    prefetch_depth_ = spec.prefetch_depth;
 }
 
 void ReadQueue::link(uint32_t job_index, List list) {
@@ -132,7 +134,7 @@ void ReadQueue::link(uint32_t job_index, List list) {
     job.prev = tails_[q];
     (job.prev == kNone ? heads_[q] : jobs_[job.prev].next) = job_index;
     tails_[q] = job_index;
-    queued_bytes_ += job.total_bytes - job.cut_bytes;
+    queued_bytes_[q] += job.total_bytes - job.cut_bytes;
 }
 
 void ReadQueue::unlink(uint32_t job_index) {
@@ -144,7 +146,7 @@ void ReadQueue::unlink(uint32_t job_index) {
     (job.prev == kNone ? heads_[q] : jobs_[job.prev].next) = job.next;
     (job.next == kNone ? tails_[q] : jobs_[job.next].prev) = job.prev;
     job.list = List::kOff;
-    queued_bytes_ -= job.total_bytes - job.cut_bytes;
+    queued_bytes_[q] -= job.total_bytes - job.cut_bytes;
 }
 
 void ReadQueue::submit(uint32_t job_index, const ReadJob& what, Urgency urgency) {
@@ -189,8 +191,17 @@ uint32_t ReadQueue::newest_prefetch(uint32_t after) const {
     return after == kNone ? tails_[static_cast<uint32_t>(List::kPrefetch)] : jobs_[after].prev;
 }
 
+uint64_t ReadQueue::startable_pieces() const {
+    auto pieces = [this](List list) {
+        return (queued_bytes_[static_cast<uint32_t>(list)] + piece_bytes_ - 1) / piece_bytes_;
+    };
+    uint64_t ahead = holds_prefetch() ? 0 : pieces(List::kPrefetch);
+    uint64_t room = prefetch_depth_ > 0 && ahead > 0 ? prefetch_depth_ - in_flight_count_ : ahead;
+    return pieces(List::kDemand) + std::min(ahead, room);
+}
+
 bool ReadQueue::next(Piece* piece) {
-    uint32_t job_index = heads_[0] != kNone ? heads_[0] : heads_[1];
+    uint32_t job_index = heads_[0] != kNone ? heads_[0] : holds_prefetch() ? kNone : heads_[1];
     if (job_index == kNone) {
         return false;
     }
@@ -198,8 +209,9 @@ bool ReadQueue::next(Piece* piece) {
     piece->job_index = job_index;
     cut(job, piece);
     job.outstanding++;
+    in_flight_count_++;
     job.cut_bytes += piece->bytes;
-    queued_bytes_ -= piece->bytes;
+    queued_bytes_[static_cast<uint32_t>(job.list)] -= piece->bytes;
     job.extent_cut_bytes += piece->bytes;
     if (job.extent_cut_bytes == job.what.extents[job.extent_index].bytes) {
         job.extent_index++;
@@ -246,6 +258,7 @@ ReadQueue::Outcome ReadQueue::finish(const Piece& piece, const ReadError& error)
     Job& job = jobs_[piece.job_index];
     HY_CHECK(job.active && job.outstanding > 0);
     job.outstanding--;
+    in_flight_count_--;
     if (error.fault == ReadFault::kNone) {
         job.delivered_bytes += piece.bytes;
     } else {

@@ -95,6 +95,9 @@ struct ReadSpec {
     bool drop_buffered;     // after a buffered read, give the page cache's copy back
     uint32_t retry_count;   // attempts in a row without a new byte (EINTR, EAGAIN, nothing) before a read fails
     uint64_t retry_wait_ns; // pause before an attempt that follows EAGAIN or nothing
+    // No piece that nobody waits for is begun while so many are under way: a disk that few reads keep busy shares itself
+    // among all it has, and what is waited for comes later. 0: as many as there are threads.
+    uint32_t prefetch_depth = 0;
 };
 
 // The real files, read only. Each is opened twice (direct, buffered), so that a fallback needs no path any more.
@@ -173,7 +176,7 @@ public:
     void promote(uint32_t job_index);
     // No further piece is started. kRemoved: the job is over. kDraining: pieces are in flight, finish() will tell.
     Cancelled cancel(uint32_t job_index);
-    // The next piece in order; false when nothing is queued.
+    // The next piece in order; false when nothing is queued that may begin now.
     bool next(Piece* piece);
     // kDone only when every byte of the job was delivered. After any outcome but kPending the job is over.
     Outcome finish(const Piece& piece, const ReadError& error);
@@ -184,9 +187,8 @@ public:
     const ReadError& error(uint32_t job_index) const { return jobs_[job_index].error; }
     uint64_t delivered_bytes(uint32_t job_index) const { return jobs_[job_index].delivered_bytes; }
     uint32_t active_count() const { return active_count_; }
-    bool empty() const { return heads_[0] == kNone && heads_[1] == kNone; }
-    // About how many pieces are left to hand out.
-    uint64_t queued_pieces() const { return (queued_bytes_ + piece_bytes_ - 1) / piece_bytes_; }
+    // About how many pieces may begin now.
+    uint64_t startable_pieces() const;
     // Walks prefetch jobs from the newest: kNone starts, kNone ends.
     uint32_t newest_prefetch(uint32_t after) const;
 
@@ -211,14 +213,17 @@ private:
     void link(uint32_t job_index, List list);
     void unlink(uint32_t job_index);
     void cut(Job& job, Piece* piece) const;
+    bool holds_prefetch() const { return prefetch_depth_ > 0 && in_flight_count_ >= prefetch_depth_; }
 
     std::unique_ptr<Job[]> jobs_;
     uint32_t job_count_ = 0;
     uint32_t active_count_ = 0;
     uint32_t heads_[2] = {kNone, kNone};
     uint32_t tails_[2] = {kNone, kNone};
-    uint64_t queued_bytes_ = 0; // not handed out, of the jobs on the queues
+    uint64_t queued_bytes_[2] = {0, 0}; // not handed out, of the jobs on the queues
+    uint32_t in_flight_count_ = 0;      // pieces
     uint32_t piece_bytes_ = 0;
+    uint32_t prefetch_depth_ = 0;
 };
 
 // Which files are read through the page cache. A file falls back once, when a direct read says EINVAL.

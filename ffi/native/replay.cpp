@@ -347,7 +347,8 @@ private:
         return present;
     }
 
-    // What came before lease i was given a slot.
+    // What came before lease i was given a slot. It takes no mark away: a class is full only once something was admitted,
+    // and such a begin does not sleep; what it drops of another class makes no room in this one.
     bool events_at(size_t i) {
         while (peek() != nullptr && ahead_.kind == TraceKind::kAt && ahead_.argument <= i) {
             if (!next() || !next()) {
@@ -357,9 +358,6 @@ private:
                           record_.kind == TraceKind::kAt || record_.kind == TraceKind::kEnd;
             if (!sound(!nested, "a begin within a begin") || !apply()) {
                 return false;
-            }
-            for (Table& table : tables_.all()) {
-                table.full = false;
             }
         }
         return true;

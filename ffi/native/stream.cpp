@@ -340,7 +340,7 @@ bool Stream::take(Piece* piece) {
             return false;
         }
         if (queue_.next(piece)) {
-            if (!queue_.empty() && idle_readers_ > 0) {
+            if (idle_readers_ > 0 && queue_.startable_pieces() > 0) {
                 work_.notify_one();
             }
             return true;
@@ -403,7 +403,7 @@ void Stream::end_read(uint32_t job_index, ReadQueue::Outcome outcome) {
 }
 
 void Stream::wake_readers() {
-    for (uint64_t i = std::min<uint64_t>(queue_.queued_pieces(), idle_readers_); i > 0; i--) {
+    for (uint64_t i = std::min<uint64_t>(queue_.startable_pieces(), idle_readers_); i > 0; i--) {
         work_.notify_one();
     }
 }

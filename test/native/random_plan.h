@@ -5,6 +5,7 @@
 
 inline void random_plan(StreamRig& rig, Random& random) {
     rig.plan.reader = {1 + random.below(4), 4096 * (1 + random.below(4)), !random.chance(4), random.chance(2), 200, 1};
+    rig.plan.reader.prefetch_depth = random.below(4);
     rig.plan.lookahead_strides = random.below(3) * 4;
     uint32_t files = 1 + random.below(3);
     for (uint32_t i = 0; i < files; i++) {
@@ -74,10 +75,10 @@ inline Faults random_faults(StreamRig& rig, Random& random) {
     return faults;
 }
 
-// So many passes; cyclic ones repeat the same ops, with an aborted pass now and then. `run_op` computes a list of
-// strides and tells how that ended; `retracts`: what is prefetched is sometimes taken back.
+// So many passes; cyclic ones repeat the same ops, with an aborted pass now and then, and what is prefetched is
+// sometimes taken back. `run_op` computes a list of strides and tells how that ended.
 template <typename RunOp>
-void random_passes(StreamRig& rig, Random& random, uint32_t passes, bool retracts, RunOp run_op) {
+void random_passes(StreamRig& rig, Random& random, uint32_t passes, RunOp run_op) {
     uint32_t count = static_cast<uint32_t>(rig.plan.strides.size());
     bool cyclic = random.chance(2);
     for (; passes > 0; passes--) {
@@ -90,7 +91,7 @@ void random_passes(StreamRig& rig, Random& random, uint32_t passes, bool retract
             if (random.chance(6)) {
                 uint32_t ahead[3] = {random.below(count), random.below(count), random.below(count)};
                 rig.stream.prefetch({ahead, 3});
-                if (retracts && random.chance(2)) {
+                if (random.chance(2)) {
                     rig.stream.retract({ahead, 1 + random.below(3)}); // whatever became of them meanwhile
                 }
             }

@@ -52,7 +52,7 @@ struct Rig {
                 error = queue.error(0);
             }
         }
-        CHECK(outcome != ReadQueue::Outcome::kPending && !queue.active(0) && queue.queued_pieces() == 0);
+        CHECK(outcome != ReadQueue::Outcome::kPending && !queue.active(0) && queue.startable_pieces() == 0);
         bool done = outcome == ReadQueue::Outcome::kDone;
         CHECK(!done || has_pattern(extents, slot + phase));
         return done;
@@ -190,7 +190,37 @@ void demand_goes_first() {
     CHECK(queue.finish(piece, {}) == ReadQueue::Outcome::kPending);
     CHECK(queue.cancel(0) == ReadQueue::Cancelled::kRemoved);
     CHECK(queue.finish(in_flight, {}) == ReadQueue::Outcome::kDone);
-    CHECK(queue.active_count() == 0 && queue.empty());
+    CHECK(queue.active_count() == 0 && queue.startable_pieces() == 0);
+}
+
+// While two pieces are under way no prefetch begins, and a demand begins whatever is under way.
+void prefetch_waits_for_room() {
+    ReadSpec spec = kSpec;
+    spec.prefetch_depth = 2;
+    ReadQueue queue;
+    queue.open(5, spec);
+    Extent extent{0, 0, 8192};
+    for (uint32_t job = 0; job < 3; job++) {
+        queue.submit(job, {{&extent, 1}, {0, job}, nullptr, 0}, Urgency::kPrefetch);
+    }
+    CHECK(queue.startable_pieces() == 2);
+    Piece ahead[2];
+    CHECK(queue.next(&ahead[0]) && queue.next(&ahead[1]) && ahead[1].job_index == 1);
+    Piece none;
+    CHECK(!queue.next(&none) && queue.startable_pieces() == 0);
+    queue.submit(3, {{&extent, 1}, {0, 3}, nullptr, 0}, Urgency::kDemand);
+    queue.submit(4, {{&extent, 1}, {0, 4}, nullptr, 0}, Urgency::kDemand);
+    CHECK(queue.startable_pieces() == 2);
+    Piece demand[2];
+    CHECK(queue.next(&demand[0]) && demand[0].job_index == 3 && queue.next(&demand[1]) && demand[1].job_index == 4);
+    for (const Piece& piece : {ahead[0], demand[0]}) {
+        CHECK(queue.finish(piece, {}) == ReadQueue::Outcome::kDone);
+        CHECK(!queue.next(&none) && queue.startable_pieces() == 0); // still two under way
+    }
+    CHECK(queue.finish(ahead[1], {}) == ReadQueue::Outcome::kDone && queue.startable_pieces() == 1);
+    CHECK(queue.next(&none) && none.job_index == 2);
+    CHECK(queue.finish(none, {}) == ReadQueue::Outcome::kDone);
+    CHECK(queue.finish(demand[1], {}) == ReadQueue::Outcome::kDone && queue.startable_pieces() == 0);
 }
 
 void real_file() {
@@ -268,6 +298,7 @@ int main() {
     CASE(invalid_direct_read_falls_back);
     CASE(lasting_faults_are_errors);
     CASE(demand_goes_first);
+    CASE(prefetch_waits_for_room);
     CASE(real_file);
     return 0;
 }

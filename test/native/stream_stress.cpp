@@ -20,7 +20,7 @@ struct Tally {
 // A few passes, each of whose ops ends as it may.
 void consume(StreamRig& rig, uint64_t seed, bool fatal, Tally* tally) {
     Random random{seed};
-    random_passes(rig, random, 3 + random.below(4), true, [&](const std::vector<uint32_t>& op) {
+    random_passes(rig, random, 3 + random.below(4), [&](const std::vector<uint32_t>& op) {
         Status status = rig.op(op);
         tally->ops++;
         if (status == Status::kFailed) {

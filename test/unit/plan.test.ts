@@ -7,10 +7,10 @@ import { parseGguf } from "../../src/gguf";
 import type { Machine } from "../../src/machine";
 import { describeModel, type Model } from "../../src/model";
 import { gpuBudgetOf, makePlan, noLimits, type Plan, type PlanLimits, totalBytes } from "../../src/plan";
-import { usualReader } from "../../src/plan-task";
+import { prefetchDepthOf, usualReader } from "../../src/plan-task";
 import { ggufBytes } from "../fixtures/gguf-writer";
 import { tinyDeepseek2, tinyGptOss, tinyLlama, tinyMixed, tinyMixtral, tinyQwen3Moe } from "../fixtures/tiny";
-import { describeShape, machineOf, machines, shapeModel } from "./plan-family";
+import { describeShape, machineOf, machines, type ShapeName, shapeModel } from "./plan-family";
 
 function machine(availableBytes: number): Machine {
   return {
@@ -230,6 +230,38 @@ test("a stride of not much more than a piece is read in one go", () => {
   expect(usualReader(1_179_648)).toEqual({ threads: 8, pieceBytes: 1_183_744 });
   expect(usualReader(2_097_152)).toEqual({ threads: 8, pieceBytes: 1_048_576 });
   expect(usualReader(33_000_000)).toEqual({ threads: 8, pieceBytes: 1_048_576 });
+});
+
+test("as few reads are done early as keep the disk busy", () => {
+  const withDisk = (bytesPerSecond: readonly number[]): Machine => {
+    const reads = bytesPerSecond.map((speed, i) => ({
+      readBytes: 1_048_576,
+      depth: 2 ** i,
+      bytesPerSecond: speed,
+      latencySeconds: { p50: 1e-3, p99: 2e-3 },
+    }));
+    const profile = { storage: [{ reads, bestBytesPerSecond: Math.max(...bytesPerSecond) }] };
+    return { ...machine(8e9), profile } as unknown as Machine;
+  };
+  const depth = (bytesPerSecond: readonly number[], threads = 8): number =>
+    prefetchDepthOf(withDisk(bytesPerSecond), { threads, pieceBytes: 1_048_576 }, 1_048_576);
+  expect(depth([2.5e9, 2.6e9, 2.6e9, 2.6e9])).toBe(2); // one is enough, but for the moment between two
+  expect(depth([0.5e9, 1e9, 2e9, 2.1e9])).toBe(4);
+  expect(depth([0.5e9, 1e9, 2e9, 4e9])).toBe(7); // between the depths that were measured
+  expect(depth([0.5e9, 1e9, 2e9, 4e9], 1)).toBe(1);
+  expect(prefetchDepthOf(machine(8e9), { threads: 8, pieceBytes: 1_048_576 }, 1_048_576)).toBe(2);
+});
+
+test("what nobody waits for yet is bounded where experts are predicted, and nowhere else", () => {
+  const streaming = (shape: ShapeName) =>
+    makePlan({ name: shape, files: [], model: shapeModel(shape) }, machineOf(machines["laptop-8g"]))
+      .streaming;
+  const moe = streaming("qwen3-30b");
+  expect(moe?.prediction).not.toBeNull();
+  expect(moe?.reader.prefetchDepth).toBeWithin(2, 9);
+  const dense = streaming("qwen2.5-14b");
+  expect(dense?.lookaheadStrides).toBeGreaterThan(0);
+  expect(dense?.reader.prefetchDepth).toBe(0);
 });
 
 test("a plan that was made before is followed as it is, with the paths of the files at hand", () => {
