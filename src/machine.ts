@@ -58,17 +58,11 @@ export interface MachineProfile {
   readonly storage: readonly StorageSpeed[];
 }
 
-/**
- * Elements of a row of the weights that products are measured on. A processor reads short rows more slowly: llama.cpp
- * hands 64 rows at a time to a thread, each beginning at another place than where the thread's last ones ended.
- */
-export const measuredRowElements = { short: 512, long: 4096 } as const;
-
 /** Products with one token: bytes of weights per second, from weights that no cache holds. */
 export interface RowSpeeds {
-  /** Of rows of `measuredRowElements.long`. */
+  /** Of long rows, `measuredRowElements` of plan-cost.ts. */
   readonly decodeBytesPerSecond: number;
-  /** Of rows of `measuredRowElements.short`. */
+  /** Of short ones. */
   readonly shortRowBytesPerSecond: number;
 }
 

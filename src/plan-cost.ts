@@ -9,14 +9,7 @@
 // serial + max(computing, reading); of a dense model the missing matrices are read ahead in a ring that goes on
 // through the whole pass and across its end, so the pass takes max(computing, reading).
 
-import {
-  type Machine,
-  measuredRowElements,
-  type ProductSpeed,
-  type RowSpeeds,
-  type StepSeconds,
-  type StorageSpeed,
-} from "./machine";
+import type { Machine, ProductSpeed, RowSpeeds, StepSeconds, StorageSpeed } from "./machine";
 import type { Model, ModelTensor, StrideSet } from "./model";
 import type { ReaderShape } from "./plan-memory";
 import { bandwidthText, bytesText, durationText, rateText } from "./text";
@@ -102,6 +95,12 @@ export function matrixOf(tensor: ModelTensor, bytes: number, repack: boolean): M
       : "repacked";
   return { bytes, elements, rowElements: tensor.shape[0] ?? 1, form };
 }
+
+/**
+ * Elements of a row of the weights that products are measured on. A processor reads short rows more slowly: llama.cpp
+ * hands 64 rows at a time to a thread, each beginning at another place than where the thread's last ones ended.
+ */
+export const measuredRowElements = { short: 512, long: 4096 } as const;
 
 /** The batch that prefillFlopsPerSecond was measured with (ProductSpeed of machine.ts). */
 const measuredBatch = 512;

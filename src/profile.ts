@@ -11,7 +11,6 @@ import {
   type Device,
   type Machine,
   type MachineProfile,
-  measuredRowElements,
   type ProductSpeed,
   profileVersion,
   type RowSpeeds,
@@ -22,6 +21,7 @@ import {
   validateProfile,
   volumeOf,
 } from "./machine";
+import { measuredRowElements } from "./plan-cost";
 import { listState, readState, removeState, stateFolder, writeState } from "./state";
 import {
   defaultDepths,
