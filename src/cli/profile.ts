@@ -140,7 +140,7 @@ function profileLines(profile: MachineProfile, { devices }: Machine): readonly s
     ...section(
       stdout.paint(
         "bold",
-        `Products on ${plural(profile.computeThreads, "thread")}: weights read for one token, in rows of ${measuredRowElements.long} and of ${measuredRowElements.short} and rearranged; a batch of 512`,
+        `Products on ${plural(profile.computeThreads, "thread")}: one token, rows of ${measuredRowElements.long}, of ${measuredRowElements.short}, rearranged; a batch of 512`,
       ),
       productRows,
       [1, 3, 4, 5],
