@@ -5,7 +5,7 @@
 
 import type { Model } from "./model";
 import type { Choice, ContextRule, Plan, PlanLimits, Speculation } from "./plan";
-import type { Placement, Speeds } from "./plan-cost";
+import { matrixOf, type Placement, type Speeds } from "./plan-cost";
 import { type GuessExperience, guessKeyOf } from "./plan-history";
 import { bytesText, countText, durationText, rateText } from "./text";
 
@@ -163,11 +163,11 @@ function readBytes(placement: Placement): number {
 }
 
 function computeSeconds(model: Model, speeds: Speeds, tokens: number): number {
-  return model.tensors.reduce((sum, { typeName, shape, touchedBytesPerToken, role }) => {
-    const [columns = 0, rows = 0] = shape;
+  return model.tensors.reduce((sum, tensor) => {
+    const { typeName, shape, touchedBytesPerToken, role } = tensor;
     const counts = shape.length >= 2 && touchedBytesPerToken > 0 && role !== "embedding";
-    const matrix = { bytes: touchedBytesPerToken, elements: columns * rows };
-    return counts ? sum + speeds.batchSeconds(typeName, matrix, tokens) : sum;
+    if (!counts) return sum;
+    return sum + speeds.batchSeconds(typeName, matrixOf(tensor, touchedBytesPerToken, false), tokens);
   }, 0);
 }
 

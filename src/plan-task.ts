@@ -274,12 +274,17 @@ interface Settled {
   readonly context: ContextChoice;
   readonly sides: Sides;
   readonly ubatchTokens: number;
+  readonly repack?: boolean;
 }
 
-export function commonPart(task: Task, placement: Placement, { context, sides, ubatchTokens }: Settled) {
+export function commonPart(
+  task: Task,
+  placement: Placement,
+  { context, sides, ubatchTokens, repack = false }: Settled,
+) {
   const { subject, model, limits, threads } = task;
   const projector = limits.projector ?? null;
-  const facts = factsOf(task, placement, ubatchTokens);
+  const facts = factsOf(task, placement, ubatchTokens, repack);
   const part = {
     version: 1,
     model: { name: subject.name, architecture: model.architecture },
@@ -354,7 +359,7 @@ export function poolShareOf(
   return classes.length === 0 ? null : sum((one) => one.slotCount) / sum((one) => one.strideCount);
 }
 
-export function factsOf(task: Task, placement: Placement, ubatchTokens: number): CostFacts {
+export function factsOf(task: Task, placement: Placement, ubatchTokens: number, repack = false): CostFacts {
   const { model, kvType, curve, reader } = task;
   const onGpu = placement.gpuLayers >= allGpuLayers(model);
   return {
@@ -363,6 +368,7 @@ export function factsOf(task: Task, placement: Placement, ubatchTokens: number):
     curve,
     reader,
     ubatchTokens,
+    repack,
     kvBytesPerToken: onGpu ? 0 : kvBytesPerToken(model, { keyType: kvType, valueType: kvType }),
   };
 }

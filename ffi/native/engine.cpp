@@ -347,6 +347,10 @@ std::string take_last_error() {
 
 } // namespace
 
+void take_log() {
+    install_hooks_once();
+}
+
 // ------------------------------------------------------------------------------------------------ the core
 
 namespace {

@@ -183,4 +183,7 @@ private:
     std::atomic<bool> closing_{false};
 };
 
+// From now on llama.cpp logs to engines, and not to stderr.
+void take_log();
+
 } // namespace hypura
