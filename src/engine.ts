@@ -6,6 +6,7 @@
 import { bestVariant, nativeLibrary } from "../ffi/native";
 import { type ErrorCode, HypuraError } from "./errors";
 import { EventLines, type LineSource } from "./event-lines";
+import type { GuessCounters } from "./guesses";
 import type { Plan } from "./plan";
 import type { StreamingCounters } from "./streaming";
 
@@ -79,6 +80,8 @@ export interface Engine extends AsyncDisposable {
   request(route: string, body: object, signal?: AbortSignal): AsyncIterableIterator<EngineChunk>;
   /** What streaming did since the engine opened; null in a full-resident plan. */
   streaming(): Promise<StreamingCounters | null>;
+  /** What was guessed since the engine opened; null where the plan guesses nothing. */
+  guesses(): Promise<GuessCounters | null>;
   /** Requests that native code still works on; a cancelled one leaves within the running pass. */
   activeRequests(): number;
   /** Cancels what runs, unloads the model, and waits until its memory is given back. */
@@ -173,6 +176,12 @@ function engineOf(life: EngineLife, transport: EngineTransport, plan: Plan, info
     async streaming() {
       for await (const chunk of life.request("GET /streaming", {}, undefined)) {
         return chunk.data as StreamingCounters | null;
+      }
+      return null;
+    },
+    async guesses() {
+      for await (const chunk of life.request("GET /guesses", {}, undefined)) {
+        return chunk.data as GuessCounters | null;
       }
       return null;
     },

@@ -7,6 +7,7 @@
 import { type ChildEngine, type ChildOptions, openChildEngine } from "./child";
 import { type EngineChunk, type EngineInfo, type OpenOptions, RequestError } from "./engine";
 import { HypuraError } from "./errors";
+import type { GuessCounters } from "./guesses";
 import type { Plan } from "./plan";
 import type { StreamingCounters } from "./streaming";
 import { durationText } from "./text";
@@ -152,6 +153,13 @@ export class Keeper<Kept extends KeptModel> {
   /** Null where no model is loaded, or all of it is in memory. */
   async streaming(): Promise<StreamingCounters | null> {
     return this.#loaded === undefined ? null : streamingOf(this.#loaded);
+  }
+
+  /** Null where no model is loaded, or its plan guesses nothing. */
+  async guesses(): Promise<GuessCounters | null> {
+    const { plan, engine } = this.#loaded ?? {};
+    const isGuessing = (plan?.speculation ?? null) !== null;
+    return engine === undefined || !isGuessing ? null : engine.guesses().catch(() => null); // it was unloaded meanwhile
   }
 
   counts(): KeeperCounts {

@@ -231,7 +231,9 @@ function shelfOf(
     ? "it generates no text"
     : (plan.speculation?.draftPath ?? null) !== null
       ? "a draft model would have to read it all again"
-      : whyNotKept(model);
+      : plan.speculation?.mtp === true
+        ? "the model's MTP layers would have to read it all again"
+        : whyNotKept(model);
   if (why !== null) {
     onWarning(`${name} is served without --prefix-cache: ${why}`);
     return null;

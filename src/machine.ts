@@ -37,8 +37,11 @@ export interface Device {
   readonly isUnified: boolean;
 }
 
+/** Of MachineProfile; another one is measured again, because its figures mean something else. */
+export const profileVersion = 2;
+
 export interface MachineProfile {
-  readonly version: 1;
+  readonly version: typeof profileVersion;
   /** What the figures depend on, as `name=value` parts joined by "; ". Another one means another machine. */
   readonly fingerprint: string;
   /** ISO 8601. */
@@ -48,19 +51,44 @@ export interface MachineProfile {
   readonly computeThreads: number;
   /** Bytes copied from memory to memory, counted once. */
   readonly copyBytesPerSecond: number;
+  readonly steps: StepSeconds;
   /** ggml's type names as the GGUF reader gives them: "q4_K", "f16". */
   readonly products: readonly ProductSpeed[];
   /** loadMachine gives the volume of its folder only: one entry, or none where that was not measured. */
   readonly storage: readonly StorageSpeed[];
 }
 
-/** Matrix products on weights of one type, on the processor, without repacking. */
-export interface ProductSpeed {
-  readonly typeName: string;
-  /** One token: bytes of weights per second, from weights that no cache holds. */
+/** Products with one token: bytes of weights per second, from weights that no cache holds. */
+export interface RowSpeeds {
+  /** Of long rows, `measuredRowElements` of plan-cost.ts. */
   readonly decodeBytesPerSecond: number;
+  /** Of short ones. */
+  readonly shortRowBytesPerSecond: number;
+}
+
+/** Matrix products on weights of one type, on the processor. */
+export interface ProductSpeed extends RowSpeeds {
+  readonly typeName: string;
   /** A batch of 512 tokens: floating-point operations (two for each weight and token) per second. */
   readonly prefillFlopsPerSecond: number;
+  /** The same on weights that llama.cpp has rearranged; null where it has no such form of the type here. */
+  readonly repacked: RepackedSpeed | null;
+}
+
+/** What a layer does for one token beside its products, in seconds for each element. */
+export interface StepSeconds {
+  /** Of a head of the query (not of the keys), times the positions that it looks at. */
+  readonly attention: number;
+  /** Of what the experts of one token answer: weighed and added. */
+  readonly mixing: number;
+  /** Of a row, for one operation like a norm or a sum. */
+  readonly plain: number;
+}
+
+/** Only rearranged weights have a way of their own for experts: as they lie in the file both are equally fast. */
+export interface RepackedSpeed extends RowSpeeds {
+  readonly prefillFlopsPerSecond: number;
+  readonly experts: RowSpeeds;
 }
 
 export interface StorageSpeed {
@@ -349,8 +377,8 @@ export function validateMachine(json: unknown): Machine {
 export function validateProfile(json: unknown, at = ""): MachineProfile {
   const profile = fieldsOf(json, at);
   const version = profile.value("version");
-  if (version !== 1) {
-    throw wrong(`${at}version`, "1, the only version of a profile that there is", version);
+  if (version !== profileVersion) {
+    throw wrong(`${at}version`, `${profileVersion}, which this version of hypura measures`, version);
   }
   return {
     version,
@@ -359,12 +387,34 @@ export function validateProfile(json: unknown, at = ""): MachineProfile {
     cpuModel: profile.text("cpuModel"),
     computeThreads: profile.count("computeThreads"),
     copyBytesPerSecond: profile.rate("copyBytesPerSecond"),
+    steps: stepsOf(fieldsOf(profile.value("steps"), `${at}steps.`)),
     products: profile.list("products", (product) => ({
       typeName: product.text("typeName"),
-      decodeBytesPerSecond: product.rate("decodeBytesPerSecond"),
+      ...rowSpeedsOf(product),
       prefillFlopsPerSecond: product.rate("prefillFlopsPerSecond"),
+      repacked: product.value("repacked") === null ? null : repackedOf(product),
     })),
     storage: profile.list("storage", storageOf),
+  };
+}
+
+function stepsOf(steps: Fields): StepSeconds {
+  return { attention: steps.rate("attention"), mixing: steps.rate("mixing"), plain: steps.rate("plain") };
+}
+
+function rowSpeedsOf(fields: Fields): RowSpeeds {
+  return {
+    decodeBytesPerSecond: fields.rate("decodeBytesPerSecond"),
+    shortRowBytesPerSecond: fields.rate("shortRowBytesPerSecond"),
+  };
+}
+
+function repackedOf(product: Fields): RepackedSpeed {
+  const repacked = fieldsOf(product.value("repacked"), `${product.at}repacked.`);
+  return {
+    ...rowSpeedsOf(repacked),
+    prefillFlopsPerSecond: repacked.rate("prefillFlopsPerSecond"),
+    experts: rowSpeedsOf(fieldsOf(repacked.value("experts"), `${repacked.at}experts.`)),
   };
 }
 

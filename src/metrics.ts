@@ -1,5 +1,6 @@
 // What GET /metrics says, in Prometheus' text format. It owns names, units and help lines; the numbers come in. Pure.
 
+import type { GuessCount, GuessCounters } from "./guesses";
 import type { KeeperCounts } from "./keeper";
 import type { Mode } from "./plan";
 import type { StreamingCounters } from "./streaming";
@@ -26,6 +27,7 @@ export interface MetricFacts {
     readonly nvmeBytes: number;
     readonly contextTokens: number;
     readonly streaming: StreamingCounters | null;
+    readonly guesses: GuessCounters | null;
   } | null;
 }
 
@@ -70,7 +72,7 @@ export function metricsText(facts: MetricFacts): string {
 }
 
 function loadedBlocks(loaded: NonNullable<MetricFacts["loaded"]>): readonly string[] {
-  const { model, mode, streaming } = loaded;
+  const { model, mode, streaming, guesses } = loaded;
   const labels = { model };
   return [
     gauge("hypura_model_loaded", "The model in memory and its mode.", [[{ model, mode }, 1]]),
@@ -81,6 +83,19 @@ function loadedBlocks(loaded: NonNullable<MetricFacts["loaded"]>): readonly stri
       [{ model, tier: "nvme" }, loaded.nvmeBytes],
     ]),
     ...(streaming === null ? [] : streamingBlocks(labels, streaming)),
+    ...(guesses === null ? [] : guessBlocks(labels, guesses)),
+  ];
+}
+
+function guessBlocks(labels: Labels, counters: GuessCounters): readonly string[] {
+  const samples = (field: keyof GuessCount): readonly Sample[] =>
+    Object.entries(counters).map(([source, count]: [string, GuessCount]) => [
+      { ...labels, source },
+      count[field],
+    ]);
+  return [
+    counter("hypura_guesses_total", "Tokens guessed, by what guessed them.", samples("drafted")),
+    counter("hypura_right_guesses_total", "Guesses that the model would have written.", samples("accepted")),
   ];
 }
 

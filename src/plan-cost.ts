@@ -3,12 +3,13 @@
 // where the machine was not measured the estimate says so and gives no number, and what is assumed of routing is
 // called assumed.
 //
-// One token: the resident weights are read from memory once, at the speed that products on their type reached; the
+// One token: the resident weights are read from memory once, at the speed that products on their type and on rows of
+// their length reached; the
 // experts of a layer that are in the pool are computed while the missing ones are read, so a layer takes
 // serial + max(computing, reading); of a dense model the missing matrices are read ahead in a ring that goes on
 // through the whole pass and across its end, so the pass takes max(computing, reading).
 
-import type { Machine, StorageSpeed } from "./machine";
+import type { Machine, ProductSpeed, RowSpeeds, StepSeconds, StorageSpeed } from "./machine";
 import type { Model, ModelTensor, StrideSet } from "./model";
 import type { ReaderShape } from "./plan-memory";
 import { bandwidthText, bytesText, durationText, rateText } from "./text";
@@ -59,21 +60,47 @@ export function hitRateAt(curve: HitCurve, share: number): number {
 // ---- what was measured --------------------------------------------------------------------------------------------
 
 export interface Speeds {
-  /** Seconds to read and use so many bytes of weights of a type, for one token. */
+  /** Seconds to read and use so many bytes of weights of a type, for one token, in long rows as they lie in the file. */
   decodeSeconds(typeName: string, bytes: number): number;
+  /** Seconds of the product of a matrix with one token. */
+  productSeconds(typeName: string, matrix: Matrix): number;
   /** Seconds of the products of a matrix with a batch of tokens: between the measured batches, 1 and 512. */
   batchSeconds(typeName: string, matrix: Matrix, tokens: number): number;
   readonly copyBytesPerSecond: number;
+  /** On the threads of the plan. */
+  readonly steps: StepSeconds;
   /** Null: no storage was measured. */
   readonly storage: StorageSpeed | null;
   /** Of the model's types, those that were not measured and take the median of the others. */
   readonly missingTypes: readonly string[];
 }
 
+/** As in the file; rearranged by llama.cpp; so, and one of a tensor of experts. */
+type Form = "plain" | "repacked" | "experts";
+
 interface Matrix {
   readonly bytes: number;
   readonly elements: number;
+  readonly rowElements: number;
+  readonly form: Form;
 }
+
+/** `bytes` of a tensor: all of it, or what a token touches. */
+export function matrixOf(tensor: ModelTensor, bytes: number, repack: boolean): Matrix {
+  const elements = (elementsOf(tensor) * bytes) / tensor.sizeBytes;
+  const form = !repack
+    ? "plain"
+    : tensor.strides !== null && tensor.strides.strideCount > 1
+      ? "experts"
+      : "repacked";
+  return { bytes, elements, rowElements: tensor.shape[0] ?? 1, form };
+}
+
+/**
+ * Elements of a row of the weights that products are measured on. A processor reads short rows more slowly: llama.cpp
+ * hands 64 rows at a time to a thread, each beginning at another place than where the thread's last ones ended.
+ */
+export const measuredRowElements = { short: 512, long: 4096 } as const;
 
 /** The batch that prefillFlopsPerSecond was measured with (ProductSpeed of machine.ts). */
 const measuredBatch = 512;
@@ -85,28 +112,67 @@ export function speedsOf(model: Model, machine: Machine, threads: number): Speed
     return null;
   }
   const byType = new Map(profile.products.map((product) => [product.typeName, product]));
-  const usual = {
-    decodeBytesPerSecond: middle(profile.products.map((one) => one.decodeBytesPerSecond)),
-    prefillFlopsPerSecond: middle(profile.products.map((one) => one.prefillFlopsPerSecond)),
-  };
+  const usual = usualSpeed(profile.products);
   // Fewer threads than were measured do their share of the work; more were not measured, and promise nothing.
   const share = Math.min(1, threads / profile.computeThreads);
   const of = (typeName: string) => byType.get(typeName) ?? usual;
   const decodeSeconds = (typeName: string, bytes: number): number =>
     bytes / (of(typeName).decodeBytesPerSecond * share);
+  const productSeconds = (typeName: string, matrix: Matrix): number =>
+    rowsSeconds(formOf(of(typeName), matrix.form), matrix) / share;
   return {
     decodeSeconds,
-    batchSeconds(typeName, { bytes, elements }, tokens) {
-      const one = decodeSeconds(typeName, bytes);
-      const full = (2 * elements * measuredBatch) / (of(typeName).prefillFlopsPerSecond * share);
+    productSeconds,
+    batchSeconds(typeName, matrix, tokens) {
+      const one = productSeconds(typeName, matrix);
+      const speed = of(typeName);
+      const { prefillFlopsPerSecond } = matrix.form === "plain" ? speed : (speed.repacked ?? speed);
+      const full = (2 * matrix.elements * measuredBatch) / (prefillFlopsPerSecond * share);
       return one + (Math.max(0, full - one) * (tokens - 1)) / (measuredBatch - 1);
     },
     copyBytesPerSecond: profile.copyBytesPerSecond,
+    steps: {
+      attention: profile.steps.attention / share,
+      mixing: profile.steps.mixing / share,
+      // A row is too short to be shared among threads.
+      plain: profile.steps.plain,
+    },
     storage: profile.storage[0] ?? null,
     missingTypes: [...model.bytesByType]
       .filter(([name, bytes]) => !byType.has(name) && bytes > model.tensorBytes / 100)
       .map(([name]) => name),
   };
+}
+
+/** Of a type that was not measured. */
+function usualSpeed(products: readonly ProductSpeed[]): ProductSpeed {
+  return {
+    typeName: "",
+    decodeBytesPerSecond: middle(products.map((one) => one.decodeBytesPerSecond)),
+    shortRowBytesPerSecond: middle(products.map((one) => one.shortRowBytesPerSecond)),
+    prefillFlopsPerSecond: middle(products.map((one) => one.prefillFlopsPerSecond)),
+    repacked: null,
+  };
+}
+
+/** What has no rearranged form is computed as it is. */
+function formOf(speed: ProductSpeed, form: Form): RowSpeeds {
+  if (form === "plain" || speed.repacked === null) return speed;
+  return form === "experts" ? speed.repacked.experts : speed.repacked;
+}
+
+/** On the line through the two lengths of a row that were measured: so much for a row, and so much for each byte. */
+function rowsSeconds(speeds: RowSpeeds, { bytes, elements, rowElements }: Matrix): number {
+  if (elements === 0) return 0;
+  const rowBytes = (count: number): number => (count * bytes) / elements;
+  const short = rowBytes(measuredRowElements.short);
+  const long = rowBytes(measuredRowElements.long);
+  const shortSeconds = short / speeds.shortRowBytesPerSecond;
+  const longSeconds = long / speeds.decodeBytesPerSecond;
+  // Where a noisy measurement found short rows faster a byte costs what it does in long ones, and a row nothing.
+  const byteSeconds = Math.min(longSeconds / long, Math.max(0, longSeconds - shortSeconds) / (long - short));
+  const rowSeconds = longSeconds - byteSeconds * long;
+  return (elements / rowElements) * rowSeconds + bytes * byteSeconds;
 }
 
 function middle(values: readonly number[]): number {
@@ -178,6 +244,8 @@ export interface CostFacts {
   readonly ubatchTokens: number;
   /** Bytes of one token of context on the processor's side. */
   readonly kvBytesPerToken: number;
+  /** Whether llama.cpp rearranges the weights that it can. */
+  readonly repack: boolean;
 }
 
 /** Bytes of weights that one token of decoding takes from each tier. */
@@ -275,7 +343,8 @@ function streamsOf(facts: CostFacts, speeds: Speeds): Streams {
       if (tensor === undefined) continue;
       if (one.kind === "dense") {
         denseReadBytes += tensor.touchedBytesPerToken * (1 - share);
-        denseSeconds += speeds.decodeSeconds(tensor.typeName, tensor.touchedBytesPerToken);
+        const matrix = matrixOf(tensor, tensor.touchedBytesPerToken, false);
+        denseSeconds += speeds.productSeconds(tensor.typeName, matrix);
         denseStrideBytes = Math.max(denseStrideBytes, set.strideBytes);
         continue;
       }
@@ -285,7 +354,9 @@ function streamsOf(facts: CostFacts, speeds: Speeds): Streams {
         used: Math.max(before?.used ?? 0, set.touchedCount),
         tensorCount: (before?.tensorCount ?? 0) + 1,
         bytesEach: bytes,
-        secondsEach: (before?.secondsEach ?? 0) + speeds.decodeSeconds(tensor.typeName, set.strideBytes),
+        secondsEach:
+          (before?.secondsEach ?? 0) +
+          speeds.productSeconds(tensor.typeName, matrixOf(tensor, set.strideBytes, false)),
         hitRate: ((before?.hitRate ?? 0) * (before?.bytesEach ?? 0) + share * set.strideBytes) / bytes,
       });
     }
@@ -319,15 +390,41 @@ function expertSeconds(layer: ExpertLayer, facts: CostFacts, storage: StorageSpe
   return expected;
 }
 
+/**
+ * Operations on a row in llama.cpp's graph of a layer: two norms, two rotations, two rows kept, two sums, a product of
+ * gate and up and its function; and of a router: its softmax, the order, the shares picked, summed, divided and set.
+ */
+const plainOperations = { layer: 10, router: 6 } as const;
+
+/** What a token costs beside products with weights. */
+function stepsSeconds(
+  { model, kvBytesPerToken, placement }: CostFacts,
+  { steps, copyBytesPerSecond }: Speeds,
+): number {
+  // Layers on a GPU are computed there; nothing was measured of it.
+  const layers = Math.max(0, model.layerCount - placement.gpuLayers);
+  const isMixture = model.kind === "mixture-of-experts";
+  const headElements = model.headCount * ((model.keyLength + model.valueLength) / 2);
+  const attending = model.memoryLayers.filter(
+    (one) => one.layer >= placement.gpuLayers && one.keyElements + one.valueElements > 0,
+  );
+  const attention = attending.length * headElements * filledTokens * steps.attention;
+  const memory = (kvBytesPerToken * filledTokens) / copyBytesPerSecond;
+  const mixing = isMixture ? layers * model.expertUsedCount * model.embeddingLength * steps.mixing : 0;
+  const operations = layers * (plainOperations.layer + (isMixture ? plainOperations.router : 0));
+  return Math.max(attention, memory) + mixing + operations * model.embeddingLength * steps.plain;
+}
+
 /** Null where something is streamed and no storage was measured. */
 export function secondsOfToken(facts: CostFacts, speeds: Speeds): Seconds | null {
   const { model, placement } = facts;
   const { storage } = speeds;
-  let serial = (facts.kvBytesPerToken * filledTokens) / speeds.copyBytesPerSecond;
+  let serial = stepsSeconds(facts, speeds);
   const streamed = new Set(placement.classes.flatMap((one) => one.sets.map((set) => set.tensorIndex)));
   for (const tensor of model.tensors) {
     if (placement.tiers[tensor.index] !== "gpu" && !streamed.has(tensor.index)) {
-      serial += speeds.decodeSeconds(tensor.typeName, tensor.touchedBytesPerToken);
+      const matrix = matrixOf(tensor, tensor.touchedBytesPerToken, facts.repack);
+      serial += speeds.productSeconds(tensor.typeName, matrix);
     }
   }
   const streams = streamsOf(facts, speeds);
@@ -361,7 +458,8 @@ export function secondsOfBatch(facts: CostFacts, speeds: Speeds): number | null 
   for (const tensor of model.tensors) {
     if (placement.tiers[tensor.index] === "gpu" || streamed.has(tensor.index)) continue;
     if (tensor.touchedBytesPerToken === 0 || tensor.shape.length < 2 || tensor.role === "embedding") continue;
-    serial += setSeconds(tensor, tensor.strides, tensor.role === "output" ? 1 : ubatchTokens, speeds);
+    const tokens = tensor.role === "output" ? 1 : ubatchTokens;
+    serial += setSeconds(tensor, tensor.strides, { tokens, repack: facts.repack }, speeds);
   }
   if (streamed.size === 0) return serial;
   if (speeds.storage === null) return null;
@@ -371,7 +469,7 @@ export function secondsOfBatch(facts: CostFacts, speeds: Speeds): number | null 
     for (const set of one.sets) {
       const tensor = model.tensors[set.tensorIndex];
       if (tensor === undefined) continue;
-      compute += setSeconds(tensor, set, ubatchTokens, speeds);
+      compute += setSeconds(tensor, set, { tokens: ubatchTokens, repack: false }, speeds);
       read += batchReads(one, set, ubatchTokens) * set.strideBytes;
     }
   }
@@ -379,13 +477,18 @@ export function secondsOfBatch(facts: CostFacts, speeds: Speeds): number | null 
 }
 
 /** Of one tensor; experts get a share of the batch each. */
-function setSeconds(tensor: ModelTensor, set: StrideSet | null, tokens: number, speeds: Speeds): number {
-  const { sizeBytes: bytes, typeName } = tensor;
+function setSeconds(
+  tensor: ModelTensor,
+  set: StrideSet | null,
+  { tokens, repack }: { readonly tokens: number; readonly repack: boolean },
+  speeds: Speeds,
+): number {
+  const { sizeBytes, typeName } = tensor;
   if (set === null || set.strideCount === 1) {
-    return speeds.batchSeconds(typeName, { bytes, elements: elementsOf(tensor) }, tokens);
+    return speeds.batchSeconds(typeName, matrixOf(tensor, sizeBytes, repack), tokens);
   }
   const named = namedStrides(set, tokens);
-  const each = { bytes: set.strideBytes, elements: elementsOf(tensor) / set.strideCount };
+  const each = matrixOf(tensor, set.strideBytes, repack);
   return named * speeds.batchSeconds(typeName, each, (tokens * set.touchedCount) / named);
 }
 

@@ -34,7 +34,7 @@ export interface MeasuredRun {
 export interface GuessFigures {
   /** Guessed at once, at most. */
   readonly maxTokens: number;
-  /** `modelKeyOf` the draft model; null: from the context alone. */
+  /** `guessKeyOf` what guessed beside the context; null: nothing did. */
   readonly draftKey: string | null;
   readonly passes: number;
   readonly drafted: number;
@@ -149,6 +149,11 @@ function isCarriedByGuesses({ guesses, decodeTokens }: MeasuredRun): boolean {
 }
 
 // ---- guesses ------------------------------------------------------------------------------------------------------
+
+/** What guesses beside the context, as runs are told apart by it. */
+export function guessKeyOf(draft: Model | null, mtp: boolean): string | null {
+  return draft !== null ? modelKeyOf(draft) : mtp ? "mtp" : null;
+}
 
 /** What this model's own runs say about guessing, in the median of the newest. */
 export interface GuessExperience {

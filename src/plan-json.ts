@@ -175,11 +175,19 @@ const plan = object({
   speculation: nullable(
     object({
       maxTokens: whole(1, 65_535),
-      fromContext: flag,
-      matchTokens: whole(0, 65_535),
-      longMatchTokens: whole(0, 65_535),
+      context: nullable(
+        object({
+          leastMatchTokens: whole(1, 65_535),
+          mostCarries: whole(0, 65_535),
+          memoryTokens: whole(0, 1 << 24),
+          leastTokens: whole(1, 65_535),
+          tokensPerRight: whole(0, 65_535),
+          newestPercent: whole(0, 100),
+        }),
+      ),
       draftPath: nullable(text),
       draftKey: nullable(text),
+      mtp: flag,
       draftProbability: number,
     }),
   ),

@@ -15,7 +15,7 @@ export interface MemoryUse {
   /** Slots for streamed weights, and what streaming needs beside them. */
   readonly poolBytes: number;
   readonly streamingBytes: number;
-  /** A draft model: its weights, context and scratch. */
+  /** A draft model: its weights, context and scratch. Of MTP layers, which are a part of the model, context and scratch. */
   readonly draftBytes: number;
   /** What reads images: its weights and scratch. */
   readonly projectorBytes: number;
@@ -172,4 +172,14 @@ export function slotBytesOf(strideBytes: number): number {
 export function draftMemoryBytes(draft: Model, use: Use): number {
   const { ram } = memoryOf(draft, { ...use, gpuLayers: 0 }, false);
   return draft.tensorBytes + ram.kvBytes + ram.stateBytes + ram.computeBytes;
+}
+
+/**
+ * The context of MTP layers, which holds what the model's holds for one layer, its scratch, and the rows that go from
+ * one to the other: of the batch, in f32 (common_speculative_impl_draft_mtp of common/speculative.cpp).
+ */
+export function mtpMemoryBytes(model: Model, use: Use): number {
+  const last = { ...model, memoryLayers: model.memoryLayers.slice(-model.mtpLayerCount) };
+  const { ram } = memoryOf(last, { ...use, gpuLayers: 0 }, false);
+  return ram.kvBytes + ram.computeBytes + 3 * 4 * use.ubatchTokens * model.embeddingLength;
 }

@@ -79,7 +79,7 @@ export function residentPlan(
   const batchTokens = limits.embeddings === true ? Math.max(ubatchTokens, 2) : residentBatchTokens;
   const guesses = chooseSpeculation(speculationFacts(task, placement), batchTokens);
   return {
-    ...commonPart(task, placement, { context, sides, ubatchTokens }),
+    ...commonPart(task, placement, { context, sides, ubatchTokens, repack }),
     mode,
     speculation: guesses.speculation,
     batchTokens,

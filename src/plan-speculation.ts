@@ -4,19 +4,26 @@
 // It owns these decisions and their numbers; which draft model there is, is draft.ts's matter. Pure.
 
 import type { Model } from "./model";
-import type { Choice, PlanLimits, Speculation } from "./plan";
-import type { Placement, Speeds } from "./plan-cost";
-import { type GuessExperience, modelKeyOf } from "./plan-history";
+import type { Choice, ContextRule, Plan, PlanLimits, Speculation } from "./plan";
+import { matrixOf, type Placement, type Speeds } from "./plan-cost";
+import { type GuessExperience, guessKeyOf } from "./plan-history";
 import { bytesText, countText, durationText, rateText } from "./text";
 
 /**
- * What followed the newest match of the last three tokens, else of the last one: of llama.cpp's rules that need no second
- * model the best in each kind of text (replayed, test/bench/NOTES.md). Of a mixture of experts a guess on so little costs
- * reads, and a draft model, which is asked last, is right more often than it: there more has to match.
+ * What followed the longest match of the last tokens, and where not even the last one stands elsewhere, three times in a
+ * row what follows a word further at the place before (replayed, test/bench/NOTES.md). Of a mixture of experts a guess on so little costs reads, and a draft model, which is asked last,
+ * is right more often than it: there more has to match. In prose, where few are right, two or three at once leave a pass
+ * short that is not as flat as it was planned to be. Requests before are searched for each pass: 65,536 tokens take
+ * some 50 us.
  */
-const longMatchTokens = 3;
-function matchTokensOf(model: Model, draft: Draft | null): number {
-  return draft !== null ? longMatchTokens : model.kind === "mixture-of-experts" ? 2 : 1;
+const memoryTokens = 65_536;
+function contextRule({ model, draft, mtp }: SpeculationFacts): ContextRule {
+  const depth = { leastTokens: 2, tokensPerRight: 4, newestPercent: 30 };
+  const usual = { memoryTokens, ...depth };
+  if (draft !== null || mtp) return { leastMatchTokens: 3, mostCarries: 0, ...usual };
+  return model.kind === "mixture-of-experts"
+    ? { leastMatchTokens: 2, mostCarries: 0, ...usual }
+    : { leastMatchTokens: 1, mostCarries: 3, ...usual };
 }
 /** Where nothing was measured: on two cores a pass over a streamed 6 GB model took as long for 8 tokens as for 1. */
 const usualPassTokens = 8;
@@ -52,6 +59,8 @@ export interface SpeculationFacts {
   /** What own runs with this draft, or without one, showed. */
   readonly experience: GuessExperience | null;
   readonly draft: Draft | null;
+  /** Whether the model's own MTP layers guess. */
+  readonly mtp: boolean;
 }
 
 export interface SpeculationChoice {
@@ -98,18 +107,18 @@ function off(reason: string): SpeculationChoice {
   return { speculation: null, choice: { name: "speculation", value: "off", reason } };
 }
 
-function on({ model, draft }: SpeculationFacts, maxTokens: number, reason: string): SpeculationChoice {
-  const source =
-    draft === null ? "guessed from the context" : `guessed from the context and by ${draft.name}`;
+function on(facts: SpeculationFacts, maxTokens: number, reason: string): SpeculationChoice {
+  const { draft, mtp } = facts;
+  const other = draft !== null ? draft.name : mtp ? "the model's MTP layers" : null;
+  const source = `guessed from the context${other === null ? "" : ` and by ${other}`}`;
   return {
     speculation: {
       maxTokens,
-      fromContext: true,
-      matchTokens: matchTokensOf(model, draft),
-      longMatchTokens,
+      context: contextRule(facts),
       draftPath: draft?.path ?? null,
-      draftKey: draft === null ? null : modelKeyOf(draft.model),
-      draftProbability: draft === null ? 0 : draftProbability,
+      draftKey: guessKeyOf(draft?.model ?? null, mtp),
+      mtp,
+      draftProbability: other === null ? 0 : draftProbability,
     },
     choice: { name: "speculation", value: `up to ${countText(maxTokens)} tokens, ${source}`, reason },
   };
@@ -134,6 +143,15 @@ function ownRuns(
   };
 }
 
+/** The plan as it guesses without what requests before left: where the same is asked again, they would say the answer. */
+export function withoutMemory(plan: Plan): Plan {
+  const { speculation } = plan;
+  if (speculation === null || speculation.context === null) {
+    return plan;
+  }
+  return { ...plan, speculation: { ...speculation, context: { ...speculation.context, memoryTokens: 0 } } };
+}
+
 // ---- what a pass takes --------------------------------------------------------------------------------------------
 
 /** Bytes that a pass reads of what the pool does not keep. */
@@ -145,11 +163,11 @@ function readBytes(placement: Placement): number {
 }
 
 function computeSeconds(model: Model, speeds: Speeds, tokens: number): number {
-  return model.tensors.reduce((sum, { typeName, shape, touchedBytesPerToken, role }) => {
-    const [columns = 0, rows = 0] = shape;
+  return model.tensors.reduce((sum, tensor) => {
+    const { typeName, shape, touchedBytesPerToken, role } = tensor;
     const counts = shape.length >= 2 && touchedBytesPerToken > 0 && role !== "embedding";
-    const matrix = { bytes: touchedBytesPerToken, elements: columns * rows };
-    return counts ? sum + speeds.batchSeconds(typeName, matrix, tokens) : sum;
+    if (!counts) return sum;
+    return sum + speeds.batchSeconds(typeName, matrixOf(tensor, touchedBytesPerToken, false), tokens);
   }, 0);
 }
 

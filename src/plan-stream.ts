@@ -309,7 +309,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
       lookaheadStrides: lookahead,
       prediction: expected.prediction,
       hugePages: true,
-      touchThreads: machine.computeCores,
+      touchThreads: Math.max(1, Math.floor(machine.computeCores / 2)), // loading and the first prompt go on beside them
       spanWorkBytes,
       touchedBytesPerToken: placement.classes.reduce(
         (sum, one) => sum + one.sets.reduce((all, set) => all + set.touchedCount * set.strideBytes, 0),

@@ -15,7 +15,7 @@ import {
   type Speeds,
   speedsOf,
 } from "./plan-cost";
-import { adjust, guessExperienceOf, hitCurveOf, modelKeyOf, type PlanFacts } from "./plan-history";
+import { adjust, guessExperienceOf, guessKeyOf, hitCurveOf, type PlanFacts } from "./plan-history";
 import {
   allGpuLayers,
   copiedOutputBytes,
@@ -92,6 +92,8 @@ export interface Task {
   readonly reader: ReaderShape & { readonly reason: string };
   /** Its bytes are out of the budget already. */
   readonly draft: Draft | null;
+  /** Of a context for the model's own MTP layers; 0: they do not guess. */
+  readonly mtpBytes: number;
 }
 
 export function taskOf(
@@ -117,6 +119,7 @@ export function taskOf(
     curve: knowledge.hitCurve ?? hitCurveOf(model, knowledge.history ?? []) ?? publishedHitCurve,
     reader: readerOf(model, machine, budget),
     draft: null,
+    mtpBytes: 0,
   };
 }
 
@@ -271,12 +274,17 @@ interface Settled {
   readonly context: ContextChoice;
   readonly sides: Sides;
   readonly ubatchTokens: number;
+  readonly repack?: boolean;
 }
 
-export function commonPart(task: Task, placement: Placement, { context, sides, ubatchTokens }: Settled) {
+export function commonPart(
+  task: Task,
+  placement: Placement,
+  { context, sides, ubatchTokens, repack = false }: Settled,
+) {
   const { subject, model, limits, threads } = task;
   const projector = limits.projector ?? null;
-  const facts = factsOf(task, placement, ubatchTokens);
+  const facts = factsOf(task, placement, ubatchTokens, repack);
   const part = {
     version: 1,
     model: { name: subject.name, architecture: model.architecture },
@@ -304,7 +312,7 @@ export function commonPart(task: Task, placement: Placement, { context, sides, u
     projector: projector === null ? null : { path: projector.path, sizeBytes: projector.sizeBytes },
     memory: {
       ...sides.ram,
-      draftBytes: task.draft?.bytes ?? 0,
+      draftBytes: (task.draft?.bytes ?? 0) + task.mtpBytes,
       projectorBytes: projector?.memoryBytes ?? 0,
     },
     gpuMemory: placement.gpuLayers === 0 ? null : sides.gpu,
@@ -322,9 +330,10 @@ export function commonPart(task: Task, placement: Placement, { context, sides, u
 export function speculationFacts(task: Task, placement: Placement): SpeculationFacts {
   const { model, machine, threads, limits, speeds, draft, knowledge } = task;
   const facts = historyFacts(model, machine, threads, poolShareOf(placement.classes));
-  const draftKey = draft === null ? null : modelKeyOf(draft.model);
+  const mtp = task.mtpBytes > 0;
+  const draftKey = guessKeyOf(draft?.model ?? null, mtp);
   const experience = guessExperienceOf(facts, knowledge.history ?? [], draftKey);
-  return { model, limits, placement, speeds, experience, draft };
+  return { model, limits, placement, speeds, experience, draft, mtp };
 }
 
 export function historyFacts(
@@ -350,7 +359,7 @@ export function poolShareOf(
   return classes.length === 0 ? null : sum((one) => one.slotCount) / sum((one) => one.strideCount);
 }
 
-export function factsOf(task: Task, placement: Placement, ubatchTokens: number): CostFacts {
+export function factsOf(task: Task, placement: Placement, ubatchTokens: number, repack = false): CostFacts {
   const { model, kvType, curve, reader } = task;
   const onGpu = placement.gpuLayers >= allGpuLayers(model);
   return {
@@ -359,6 +368,7 @@ export function factsOf(task: Task, placement: Placement, ubatchTokens: number):
     curve,
     reader,
     ubatchTokens,
+    repack,
     kvBytesPerToken: onGpu ? 0 : kvBytesPerToken(model, { keyType: kvType, valueType: kvType }),
   };
 }

@@ -12,6 +12,7 @@ import type { Estimate, HitCurve } from "./plan-cost";
 import { withDraft } from "./plan-draft";
 import { type MeasuredRun, measuredRun, type RunFigures } from "./plan-history";
 import { type GpuMemoryUse, type MemoryUse, memoryOf, sumOf } from "./plan-memory";
+import { withMtp } from "./plan-mtp";
 import { groupsOf, leastPoolBytes, type ProgramSolver, type Solution } from "./plan-place";
 import { makeMapped, makeResident } from "./plan-resident";
 import { makeStreaming } from "./plan-stream";
@@ -132,20 +133,33 @@ export interface Streaming {
   readonly touchedBytesPerToken: number;
 }
 
+/** How guesses come from what was written before. ffi/native/guesser.h, GuessRule. */
+export interface ContextRule {
+  /** Last tokens that have to stand elsewhere. */
+  readonly leastMatchTokens: number;
+  /** Guesses in a row that go on at the place before, a word further, where fewer do. */
+  readonly mostCarries: number;
+  /** Of requests before, in all. */
+  readonly memoryTokens: number;
+  /** Guessed at once, and so many more for each that was right before, in the mean in which the newest counts a share. */
+  readonly leastTokens: number;
+  readonly tokensPerRight: number;
+  readonly newestPercent: number;
+}
+
 /** Tokens that are guessed and verified in one pass. ffi/native/engine.h, PlanSpeculation. */
 export interface Speculation {
   /** Guessed at once, at most. */
   readonly maxTokens: number;
-  /** Guesses what followed the last tokens before, in prompt and answer: `longMatchTokens` of them, else `matchTokens`. */
-  readonly fromContext: boolean;
-  readonly matchTokens: number;
-  /** 0: not asked. */
-  readonly longMatchTokens: number;
+  /** Guesses what followed the last tokens before, in prompt and answer and in requests before; null: does not. */
+  readonly context: ContextRule | null;
   /** A small model with the same vocabulary that guesses where the context gives nothing. */
   readonly draftPath: string | null;
-  /** What identifies it whatever its file is called (modelKeyOf); native code does not ask. */
+  /** What guesses beside the context, whatever its file is called (guessKeyOf); native code does not ask. */
   readonly draftKey: string | null;
-  /** A draft ends before a token that the draft model holds less likely, 0 to 1. */
+  /** The model's own layers for the tokens after the next guess where the context gives nothing; not beside a draft model. */
+  readonly mtp: boolean;
+  /** A draft ends before a token that the draft model, or the MTP layer, holds less likely, 0 to 1. */
   readonly draftProbability: number;
 }
 
@@ -278,9 +292,11 @@ export function makePlan(
   if (plan === null) {
     throw refusal(task);
   }
-  return limits.draft === undefined || limits.draft === null || limits.speculation === "off"
-    ? plan
-    : withDraft(task, plan, limits.draft, planned);
+  const drafted =
+    limits.draft === undefined || limits.draft === null || limits.speculation === "off"
+      ? plan
+      : withDraft(task, plan, limits.draft, planned);
+  return withMtp(task, drafted, planned);
 }
 
 function planned(task: Task): Plan | null {

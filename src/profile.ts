@@ -12,12 +12,16 @@ import {
   type Machine,
   type MachineProfile,
   type ProductSpeed,
+  profileVersion,
+  type RowSpeeds,
   readMachine,
   readProcessor,
+  type StepSeconds,
   type StorageSpeed,
   validateProfile,
   volumeOf,
 } from "./machine";
+import { measuredRowElements } from "./plan-cost";
 import { listState, readState, removeState, stateFolder, writeState } from "./state";
 import {
   defaultDepths,
@@ -74,8 +78,11 @@ function keepOrSay(profile: MachineProfile, { now = Date.now(), onNote }: LoadOp
   }
 }
 
-/** The types that models are made of; for another one the planner takes the nearest in bits. */
-const measuredTypes = ["f16", "q8_0", "q4_0", "q4_K", "q5_K", "q6_K", "iq4_xs", "mxfp4"] as const;
+/** The types that models are made of; for another one the planner takes the median of these. */
+const measuredTypes = [
+  ...["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"],
+  ...["q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq3_s", "iq4_nl", "iq4_xs", "mxfp4"],
+] as const;
 
 /** The machine with its devices and its profile for the volume of `folder`; the profile is null where none holds. */
 export async function loadMachine(options: LoadOptions): Promise<Machine> {
@@ -135,6 +142,7 @@ export function fingerprintOf(machine: Machine): string {
     memory: Math.round(machine.memory.totalBytes / memoryStepBytes) * memoryStepBytes,
     limit: machine.memory.limitedBy === null ? "none" : "control group",
     devices: devices.join(", ") || "none",
+    profile: profileVersion,
     hypura: packageJson.version,
     llama: pin.release,
   };
@@ -193,10 +201,10 @@ function parseKept(text: string | null): MachineProfile | null {
 // ---- measuring --------------------------------------------------------------------------------------------------------
 
 /** How the time is divided; the rest is what cannot be hurried: filling memory, starting threads. */
-const shares = { copy: 0.03, product: 0.012, readSetting: 0.024 } as const;
+const shares = { copy: 0.03, product: 0.001, products: 0.8, readSetting: 0.024 } as const;
 
 /** A share of the whole for the bar that shows progress. */
-const progressOf = { copy: 0.05, products: 0.3 } as const;
+const progressOf = { copy: 0.05, products: 0.5 } as const;
 
 async function readDevices({ run = runTask, signal }: MeasureOptions): Promise<readonly Device[]> {
   for await (const { data } of run("devices", {}, signal)) {
@@ -214,14 +222,16 @@ async function measureProcessor(
   const computeThreads = machine.computeCores;
   options.onProgress?.("memory", 0);
   const copyBytesPerSecond = await measureCopy(machine, options);
+  const steps = await measureSteps(machine, options);
   const products = await measureProducts(machine, options);
   return {
-    version: 1,
+    version: profileVersion,
     fingerprint,
     measuredAt: new Date(options.now ?? Date.now()).toISOString(),
     cpuModel: model,
     computeThreads,
     copyBytesPerSecond,
+    steps,
     products,
     storage: [],
   };
@@ -229,7 +239,7 @@ async function measureProcessor(
 
 /** Twice the caches, and enough for a steady figure; a machine that is short of memory gives an eighth of what is free. */
 function workingBytes({ memory }: Machine): number {
-  const wanted = Math.max(268_435_456, 2 * (readProcessor().cacheBytes ?? 0));
+  const wanted = Math.max(134_217_728, 2 * (readProcessor().cacheBytes ?? 0));
   const most = Math.max(33_554_432, Math.min(1_073_741_824, memory.availableBytes / 8));
   return Math.floor(Math.min(wanted, most) / 4096) * 4096;
 }
@@ -248,69 +258,139 @@ async function measureCopy(machine: Machine, options: LoadOptions): Promise<numb
   throw new HypuraError("internal", "copying memory was measured without a word");
 }
 
-interface ProductFigures {
-  readonly typeName: string;
-  readonly decodeBytes: number;
-  readonly decodeNs: number;
-  readonly prefillFlops: number;
-  readonly prefillNs: number;
+/** Layers of a model of a few billion weights, and a conversation's beginning; `operations` is what a step is made of. */
+const stepCases = [
+  { kind: "attention", width: 128, heads: 16, keyHeads: 4, parts: 256, steps: 32, operations: 1 },
+  { kind: "mixing", width: 2048, heads: 1, keyHeads: 1, parts: 8, steps: 32, operations: 1 },
+  // llama.cpp computes a norm and its weights at once; the sum is the second.
+  { kind: "plain", width: 2048, heads: 1, keyHeads: 1, parts: 1, steps: 128, operations: 2 },
+] as const;
+
+async function measureSteps(machine: Machine, options: LoadOptions): Promise<StepSeconds> {
+  const { run = runTask, signal, seconds = defaultSeconds } = options;
+  const body = {
+    threads: machine.computeCores,
+    pollPercent: 50,
+    durationNs: Math.round(seconds * shares.product * 1e9),
+    cases: stepCases.map(({ operations: _, ...one }) => one),
+  };
+  const best = stepCases.map(() => Infinity);
+  for (let round = 0; round < productRounds; round++) {
+    let index = 0;
+    for await (const { data } of run("steps", body, signal)) {
+      const one = stepCases[index];
+      if (one === undefined) break;
+      const elements = one.width * one.heads * one.parts * one.steps * one.operations;
+      const each = (data as { readonly ns: number }).ns / 1e9 / elements;
+      best[index] = Math.min(best[index] ?? Infinity, each);
+      index++;
+    }
+  }
+  const [attention = 0, mixing = 0, plain = 0] = best;
+  return { attention, mixing, plain };
 }
 
+/** What native code says of a case (ffi/native/tasks.cpp); of a form that a type has not, nothing but that. */
+interface ProductFigures {
+  readonly bytes: number;
+  readonly flops: number;
+  readonly ns: number;
+  readonly isAbsent: boolean;
+}
+
+type Form = "plain" | "repacked" | "experts";
+
+interface ProductCase {
+  readonly typeName: string;
+  readonly form: Form;
+  readonly rows: "short" | "long" | "batch";
+}
+
+/** What is measured of each type. Those of one type follow each other: native code makes weights of it once. */
+const productCases: readonly ProductCase[] = measuredTypes.flatMap((typeName): readonly ProductCase[] => [
+  ...(["plain", "repacked"] as const).flatMap((form) =>
+    (["short", "long", "batch"] as const).map((rows) => ({ typeName, form, rows })),
+  ),
+  { typeName, form: "experts", rows: "short" },
+  { typeName, form: "experts", rows: "long" },
+]);
+
+/** Matrices as models of some hundred million to some ten billion weights have them. */
+const shapes = {
+  short: { rowElements: measuredRowElements.short, rowCount: 1024, tokens: 1, products: 1 << 20 },
+  long: { rowElements: measuredRowElements.long, rowCount: 2048, tokens: 1, products: 1 << 20 },
+  batch: { rowElements: measuredRowElements.long, rowCount: 512, tokens: 512, products: 1 },
+} as const;
+
+const expertShape = { experts: 8, rowCount: 512 } as const;
+
 /**
- * Rounds over all types, some tenths of a second apart, of which each type's best counts: another program that computes
- * at the same time can only slow a product down, and the figures are kept for a month.
+ * Rounds over all types, some tenths of a second apart, of which each case's best counts: another program that computes
+ * at the same time can only slow a product down, and the figures are kept for a month. Fewer where time runs out.
  */
-const productRounds = 3;
+const productRounds = 5;
 
 async function measureProducts(machine: Machine, options: LoadOptions): Promise<readonly ProductSpeed[]> {
   const { run = runTask, signal, onProgress, seconds = defaultSeconds } = options;
   const body = {
     threads: machine.computeCores,
     pollPercent: 50, // llama.cpp's default, and a resident plan's
-    types: measuredTypes,
     weightBytes: workingBytes(machine),
-    tensorBytes: 8_388_608, // a matrix of a model of a few billion weights
-    rowElements: 4096,
-    batchTokens: 512,
-    batchRows: 1024,
-    durationNs: Math.round(((seconds * shares.product) / productRounds) * 1e9),
+    durationNs: Math.round(seconds * shares.product * 1e9),
+    cases: productCases.map(({ typeName, form, rows }) => ({
+      ...{ typeName, ...shapes[rows], experts: 0, repacked: form !== "plain" },
+      ...(form === "experts" ? expertShape : {}),
+    })),
   };
-  const best = new Map<string, ProductSpeed>();
-  const steps = productRounds * measuredTypes.length;
-  let step = 0;
-  const tell = (): void => {
-    const next = measuredTypes[step % measuredTypes.length];
-    if (step < steps) {
-      const fraction = progressOf.copy + (progressOf.products - progressOf.copy) * (step / steps);
-      onProgress?.(`products with ${next}`, fraction);
-    }
-  };
+  const best = new Map<ProductCase, number>();
+  const startMs = performance.now();
   for (let round = 0; round < productRounds; round++) {
-    tell();
+    const spentSeconds = (performance.now() - startMs) / 1000;
+    if ((spentSeconds * (round + 1)) / Math.max(1, round) > seconds * shares.products) break;
+    let step = 0;
     for await (const { data } of run("products", body, signal)) {
-      const speed = speedOf(data as ProductFigures);
-      const before = best.get(speed.typeName);
-      best.set(speed.typeName, before === undefined ? speed : fasterOf(before, speed));
-      step++;
-      tell();
+      const one = productCases[step];
+      if (one === undefined) break;
+      best.set(one, Math.max(best.get(one) ?? 0, rateOf(one, data as ProductFigures)));
+      const done = (round * productCases.length + step++) / (productRounds * productCases.length);
+      const fraction = progressOf.copy + (progressOf.products - progressOf.copy) * done;
+      onProgress?.(`products with ${one.typeName}`, fraction);
     }
   }
-  return [...best.values()];
+  return measuredTypes.map((typeName) => speedOfType(typeName, best));
 }
 
-function speedOf({ typeName, decodeBytes, decodeNs, prefillFlops, prefillNs }: ProductFigures): ProductSpeed {
+/** Bytes or operations a second; 0 where the type has no such form. */
+function rateOf({ rows }: ProductCase, { bytes, flops, ns, isAbsent }: ProductFigures): number {
+  return isAbsent ? 0 : Math.round(((rows === "batch" ? flops : bytes) / ns) * 1e9);
+}
+
+function speedOfType(typeName: string, best: ReadonlyMap<ProductCase, number>): ProductSpeed {
+  const rate = (form: Form, rows: ProductCase["rows"]): number => {
+    const found = productCases.find(
+      (one) => one.typeName === typeName && one.form === form && one.rows === rows,
+    );
+    return (found === undefined ? undefined : best.get(found)) ?? 0;
+  };
+  const rowSpeeds = (form: Form): RowSpeeds => ({
+    decodeBytesPerSecond: rate(form, "long"),
+    shortRowBytesPerSecond: rate(form, "short"),
+  });
+  const isRepacked = (["repacked", "experts"] as const).every(
+    (form) => rate(form, "short") > 0 && rate(form, "long") > 0,
+  );
+  const repacked = isRepacked
+    ? {
+        ...rowSpeeds("repacked"),
+        prefillFlopsPerSecond: rate("repacked", "batch"),
+        experts: rowSpeeds("experts"),
+      }
+    : null;
   return {
     typeName,
-    decodeBytesPerSecond: Math.round((decodeBytes / decodeNs) * 1e9),
-    prefillFlopsPerSecond: Math.round((prefillFlops / prefillNs) * 1e9),
-  };
-}
-
-function fasterOf(one: ProductSpeed, other: ProductSpeed): ProductSpeed {
-  return {
-    typeName: one.typeName,
-    decodeBytesPerSecond: Math.max(one.decodeBytesPerSecond, other.decodeBytesPerSecond),
-    prefillFlopsPerSecond: Math.max(one.prefillFlopsPerSecond, other.prefillFlopsPerSecond),
+    ...rowSpeeds("plain"),
+    prefillFlopsPerSecond: rate("plain", "batch"),
+    repacked,
   };
 }
 
@@ -321,6 +401,9 @@ export function profileSettings(): readonly ReadSetting[] {
   );
 }
 
+/** As with products: what else reads at the same time can only slow a setting down. */
+const storageRounds = 2;
+
 /** Null, with the reason as a note, where the volume gives nothing to read and takes nothing. */
 async function measureVolume(options: LoadOptions): Promise<StorageSpeed | null> {
   const { folder, onNote, onProgress, seconds = defaultSeconds } = options;
@@ -330,7 +413,8 @@ async function measureVolume(options: LoadOptions): Promise<StorageSpeed | null>
     result = await measureStorage(folder, {
       ...options,
       settings: profileSettings(),
-      secondsPerSetting: seconds * shares.readSetting,
+      secondsPerSetting: (seconds * shares.readSetting) / storageRounds,
+      rounds: storageRounds,
       scratchSeconds: Math.min(3, seconds / 3),
       onProgress: (what, done) => onProgress?.(`storage: ${what}`, progressOf.products + rest * done),
     });

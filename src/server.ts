@@ -564,7 +564,7 @@ function otherRoutes(desk: Desk): readonly Route[] {
 
 async function metrics(desk: Desk): Promise<string> {
   const residence = desk.keeper.residence();
-  const streaming = await desk.keeper.streaming();
+  const [streaming, guesses] = await Promise.all([desk.keeper.streaming(), desk.keeper.guesses()]);
   return metricsText({
     version: packageJson.version,
     keeper: desk.keeper.counts(),
@@ -584,6 +584,7 @@ async function metrics(desk: Desk): Promise<string> {
             ),
             contextTokens: residence.info.contextTokens,
             streaming,
+            guesses,
           },
   });
 }

@@ -146,10 +146,6 @@ export function streamingText(
   generated: {
     readonly tokens: number;
     readonly seconds: number;
-    readonly drafted: number;
-    readonly accepted: number;
-    /** Where guesses come from, in words; empty where nothing is guessed. */
-    readonly sources: string;
   },
   touchedBytes: number,
 ): string {
@@ -165,14 +161,6 @@ export function streamingText(
   if (perToken > 0) {
     const bound = rateText(share.readBytesPerSecond / perToken);
     parts.push(`bound ${bound} at the ${bandwidthText(share.readBytesPerSecond)} that the disk gave`);
-  }
-  if (generated.sources !== "") {
-    const passes = Math.max(1, counters.passes);
-    const alone = rateText(share.readBytesPerSecond / (counters.readBytes / passes));
-    parts.push(
-      `${passes} passes of ${(tokens / passes).toFixed(2)} tokens, ${generated.accepted} of ${generated.drafted} guesses from ${generated.sources} right` +
-        (perToken > 0 ? `, bound without guesses ${alone}` : ""),
-    );
   }
   return parts.join(", ");
 }
@@ -193,16 +181,4 @@ export function layersText(layers: readonly LayerShare[], tokens: number): strin
     ],
     [0, 1, 2, 3, 4],
   );
-}
-
-/** Where a plan's guesses come from, in words; the engine counts them together. Empty where nothing is guessed. */
-export function guessSources({ speculation }: Plan): string {
-  if (speculation === null) {
-    return "";
-  }
-  const sources = [
-    ...(speculation.fromContext ? ["the context"] : []),
-    ...(speculation.draftPath === null ? [] : ["the draft model"]),
-  ];
-  return sources.join(" and ");
 }

@@ -1,4 +1,4 @@
-# The data plane (platform, reader, neuron cache, stream, and what measures them) as a static library without llama.cpp. Included by the
+# The data plane (platform, reader, neuron cache, stream, and what measures them; the guesser, as pure) as a static library without llama.cpp. Included by the
 # library's own build and by the project of its tests; HYPURA_SANITIZE is empty, "address,undefined", "thread" or a
 # list for -fsanitize=.
 find_package(Threads REQUIRED)
@@ -13,6 +13,7 @@ add_library(hypura_data STATIC
     ${CMAKE_CURRENT_LIST_DIR}/stream.cpp
     ${CMAKE_CURRENT_LIST_DIR}/trace.cpp
     ${CMAKE_CURRENT_LIST_DIR}/replay.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/guesser.cpp
     ${CMAKE_CURRENT_LIST_DIR}/measure.cpp
     ${HYPURA_PLATFORM_SOURCE})
 target_include_directories(hypura_data PUBLIC ${CMAKE_CURRENT_LIST_DIR})

@@ -159,16 +159,20 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
 }
 
 PlanSpeculation parse_speculation(const common_json & json) {
+    constexpr uint32_t most_memory_tokens = 1u << 24; // it is searched for each pass
     PlanSpeculation s;
     s.max_tokens = u32(json, "maxTokens");
-    s.from_context = json.at("fromContext").get<bool>();
-    s.match_tokens = u32(json, "matchTokens");
-    s.long_match_tokens = u32(json, "longMatchTokens");
+    s.from_context = !json.at("context").is_null();
+    if (s.from_context) {
+        const common_json & rule = json.at("context");
+        s.rule = {s.max_tokens, u32(rule, "leastMatchTokens"), u32(rule, "mostCarries"), u32(rule, "memoryTokens"),
+                  u32(rule, "leastTokens"), u32(rule, "tokensPerRight"), u32(rule, "newestPercent")};
+    }
     s.draft_path = json.at("draftPath").is_null() ? "" : json.at("draftPath").get<std::string>();
+    s.from_mtp = json.at("mtp").get<bool>();
     s.draft_probability = json.at("draftProbability").get<double>();
-    if (s.max_tokens == 0 || s.max_tokens > UINT16_MAX || s.match_tokens > UINT16_MAX ||
-        s.long_match_tokens > UINT16_MAX ||
-        (s.from_context && s.match_tokens == 0) || !(s.draft_probability >= 0 && s.draft_probability <= 1)) {
+    if (s.max_tokens == 0 || s.max_tokens > UINT16_MAX || (s.from_context && s.rule.least_match == 0) ||
+        s.rule.memory_tokens > most_memory_tokens || s.rule.newest_percent > 100 || (s.from_mtp && !s.draft_path.empty()) || !(s.draft_probability >= 0 && s.draft_probability <= 1)) {
         throw std::runtime_error("the speculation of the plan is out of range");
     }
     return s;
@@ -343,6 +347,10 @@ std::string take_last_error() {
 
 } // namespace
 
+void take_log() {
+    install_hooks_once();
+}
+
 // ------------------------------------------------------------------------------------------------ the core
 
 namespace {
@@ -472,19 +480,19 @@ namespace {
 
 void set_speculation(common_params & p, const PlanSpeculation & s) {
     p.speculative.types.clear();
-    if (s.from_context && s.long_match_tokens > 0) {
+    if (s.from_context) { // in its place speculation.cpp puts our own rule
         p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE);
-        p.speculative.ngram_simple.size_n = static_cast<uint16_t>(s.long_match_tokens);
+        p.speculative.ngram_simple.size_n = static_cast<uint16_t>(s.rule.least_match);
         p.speculative.ngram_simple.size_m = static_cast<uint16_t>(s.max_tokens);
     }
-    if (s.from_context) {
-        p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_NGRAM_MAP_K);
-        p.speculative.ngram_map_k.size_n = static_cast<uint16_t>(s.match_tokens);
-        p.speculative.ngram_map_k.size_m = static_cast<uint16_t>(s.max_tokens);
+    if (s.from_mtp) {
+        p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_DRAFT_MTP);
     }
     if (!s.draft_path.empty()) {
         p.speculative.types.push_back(COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE);
         p.speculative.draft.mparams.path = s.draft_path;
+    }
+    if (s.from_mtp || !s.draft_path.empty()) {
         p.speculative.draft.n_max = static_cast<int32_t>(s.max_tokens);
         p.speculative.draft.p_min = static_cast<float>(s.draft_probability);
         p.speculative.draft.cpuparams = p.cpuparams;
@@ -725,6 +733,21 @@ std::string Engine::streaming_json() const {
     return json + ",\"tensors\":[" + tensors + "]}";
 }
 
+// Since the engine opened, as GET /guesses gives them; null where nothing is guessed.
+std::string Engine::guesses_json() const {
+    if (plan_.speculation.max_tokens == 0) {
+        return "null";
+    }
+    const char * const names[kGuessSources] = {"context", "draft", "mtp"};
+    std::string json;
+    for (uint32_t i = 0; i < kGuessSources; ++i) {
+        const auto & of = guess_counters_.of[i];
+        json += (json.empty() ? "{" : ",") + json_string(names[i]) + ":{\"drafted\":" + std::to_string(of.drafted.load()) +
+                ",\"accepted\":" + std::to_string(of.accepted.load()) + "}";
+    }
+    return json + "}";
+}
+
 void Engine::serve(Request & request) {
     const std::function<bool()> should_stop = [&] {
         if (!request.stopped && (closing_ || request.events.peer_gone())) {
@@ -734,8 +757,9 @@ void Engine::serve(Request & request) {
     };
     std::map<std::string, std::string> params;
     const std::string path = split_route(request.route, params);
-    if (path == "GET /streaming") {
-        request.events.line("{\"event\":\"data\",\"data\":" + streaming_json() + "}");
+    if (path == "GET /streaming" || path == "GET /guesses") {
+        const std::string counters = path == "GET /guesses" ? guesses_json() : streaming_json();
+        request.events.line("{\"event\":\"data\",\"data\":" + counters + "}");
         request.events.line("{\"event\":\"end\"}");
         return;
     }
@@ -937,6 +961,7 @@ bool Engine::load() {
         }
     });
     take_last_error();
+    const GuessScope guessing(plan_.speculation.rule, guess_counters_);
     if (!core_->context.load_model(core_->params)) {
         const std::string device_error = core_->device ? core_->device->last_error() : "";
         const std::string reason = device_error.empty() ? take_last_error() : device_error;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "events.h"
+#include "speculation.h"
 #include "stream.h"
 
 #include <atomic>
@@ -78,10 +79,10 @@ struct PlanStreaming {
 // Tokens that are guessed and verified in one pass; nothing is guessed where max_tokens is zero.
 struct PlanSpeculation {
     uint32_t max_tokens = 0;   // guessed at once, at most
-    bool from_context = false; // what followed the last match_tokens before, in prompt and answer
-    uint32_t match_tokens = 0;
-    uint32_t long_match_tokens = 0; // before that: what followed the newest match of so many; 0: not asked
+    bool from_context = false; // what followed before, in prompt and answer and in the requests before
+    GuessRule rule;            // for that; all zero where nothing is guessed from it
     std::string draft_path;        // of a small model with the same vocabulary; empty: none
+    bool from_mtp = false;        // the model's own layers for the tokens after the next
     double draft_probability = 0; // a draft ends before a token that the draft model holds less likely
 };
 
@@ -165,11 +166,13 @@ private:
     void watch_readers();          // a thread of streaming engines: ends a pass that nobody waits for
     std::string explain(const std::string & error_json) const;
     std::string streaming_json() const;
+    std::string guesses_json() const;
     void fail(const char * code, const std::string & message);
 
     const OpenPlan plan_;
     const EngineSeams seams_;
     EventWriter events_;
+    GuessCounters guess_counters_; // the core counts in them
     std::unique_ptr<Core> core_;
 
     std::mutex mutex_;
@@ -179,5 +182,8 @@ private:
     bool loop_left_ = false;       // guarded by mutex_; the core's loop has returned
     std::atomic<bool> closing_{false};
 };
+
+// From now on llama.cpp logs to engines, and not to stderr.
+void take_log();
 
 } // namespace hypura

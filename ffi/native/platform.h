@@ -146,7 +146,8 @@ Memory map_memory(uint64_t bytes, PageKind kind);
 // Addresses without memory: any access faults.
 Memory reserve_addresses(uint64_t bytes);
 void unmap_memory(Memory* memory);
-// Makes every page of fresh memory present, so that no read ever waits for the kernel to zero one.
+// Makes every page of fresh memory present, so that no read ever waits for the kernel to zero one. Changes no byte: others
+// may write there meanwhile.
 void touch_memory(std::byte* data, uint64_t bytes);
 
 // The kernel's own account of this process: bytes fetched from and sent to storage.

@@ -182,9 +182,9 @@ void unmap_memory(Memory* memory) {
 }
 
 void touch_memory(std::byte* data, uint64_t bytes) {
-    volatile std::byte* at = data;
+    auto* at = reinterpret_cast<uint8_t*>(data);
     for (uint64_t i = 0; i < bytes; i += page_bytes()) {
-        at[i] = std::byte{0};
+        __atomic_fetch_or(at + i, 0, __ATOMIC_RELAXED);
     }
 }
 

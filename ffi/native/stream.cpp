@@ -101,25 +101,37 @@ bool HostPool::open(const std::vector<ClassSpec>& classes, const Options& option
         offsets_.clear();
         return false;
     }
-    // The kernel zeroes what it hands out; several threads share that work.
-    uint64_t share = page_ceil(memory_.bytes / std::max(options.touch_threads, 1u) + (2u << 20)) & ~((2ull << 20) - 1);
-    std::vector<std::thread> helpers;
-    for (uint64_t at = 0; at < memory_.bytes; at += share) {
-        std::byte* from = memory_.data + at;
-        uint64_t size = std::min(share, memory_.bytes - at);
-        try {
-            helpers.emplace_back([from, size] { platform::touch_memory(from, size); });
-        } catch (const std::system_error&) {
-            platform::touch_memory(from, size);
+    uint32_t count = std::max(options.touch_threads, 1u);
+    try {
+        for (uint32_t i = 0; i < count; i++) {
+            touchers_.emplace_back([this, i, count] { touch(i, count); });
         }
-    }
-    for (std::thread& helper : helpers) {
-        helper.join();
+    } catch (const std::system_error&) {
+        // What no thread takes becomes present when it is read into.
     }
     return true;
 }
 
+// Every thread_count-th piece.
+void HostPool::touch(uint32_t thread_index, uint32_t thread_count) {
+    platform::name_thread("hypura-touch");
+    constexpr uint64_t piece_bytes = 2u << 20; // the kernel lets nobody map memory meanwhile
+    for (uint64_t at = thread_index * piece_bytes; at < memory_.bytes && !closing_; at += thread_count * piece_bytes) {
+        platform::touch_memory(memory_.data + at, std::min(piece_bytes, memory_.bytes - at));
+    }
+}
+
+void HostPool::wait_present() {
+    for (std::thread& thread : touchers_) {
+        thread.join();
+    }
+    touchers_.clear();
+}
+
 void HostPool::close() {
+    closing_ = true;
+    wait_present();
+    closing_ = false;
     platform::unmap_memory(&memory_);
     offsets_.clear();
 }

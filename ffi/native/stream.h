@@ -29,8 +29,10 @@
 #include "platform.h"
 #include "reader.h"
 
+#include <atomic>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace hypura {
@@ -70,7 +72,9 @@ constexpr uint64_t min_slot_bytes(uint64_t stride_bytes) {
     return (stride_bytes + 2 * platform::kDirectAlign - 2) / platform::kDirectAlign * platform::kDirectAlign;
 }
 
-// Pool in this process's memory: huge pages, all present before the first read.
+// Pool in this process's memory: huge pages. A large one takes seconds to become present, so that happens behind open(),
+// piece by piece, while the model is loaded and its first prompt computed; a read that comes to a page before takes the
+// time of that page.
 class HostPool final : public PoolMemory {
 public:
     struct Options {
@@ -85,9 +89,15 @@ public:
     bool upload(SlotPlace, uint64_t, Span<const std::byte>) override { return false; }
     uint64_t bytes() const { return memory_.bytes; }
     bool huge() const { return memory_.huge; }
+    // Until every page is present.
+    void wait_present();
 
 private:
+    void touch(uint32_t thread_index, uint32_t thread_count);
+
     platform::Memory memory_;
+    std::vector<std::thread> touchers_;
+    std::atomic<bool> closing_{false};
     std::vector<uint64_t> offsets_;
 };
 

@@ -6,9 +6,12 @@
 //   copy      {threads,bufferBytes,durationNs}
 //   scan      the same, only reading
 //             -> one chunk {bytes,ns,threadNs: of processors, all threads together}
-//   products  {threads,pollPercent,types,weightBytes,tensorBytes,rowElements,batchTokens,batchRows,durationNs}
-//             -> a chunk "product" for each type {typeName,decodeBytes,decodeNs,decodePasses,prefillFlops,prefillNs,
-//                prefillPasses}; the durations are of the median pass
+//   products  {threads,pollPercent,weightBytes,durationNs,cases:[{typeName,rowElements,rowCount,tokens,experts: 0 for a
+//              plain product,products: at most,repacked}]}
+//             -> a chunk "product" for each case {bytes,flops,products,ns,passes,isAbsent: it has no such form}; all of
+//                the median pass
+//   steps     {threads,pollPercent,durationNs,cases:[{kind:"attention"|"mixing"|"plain",width,heads,keyHeads,parts,steps}]}
+//             -> a chunk "steps" for each case {ns,passes}, of the median pass
 //   reads     {files:[{path,sizeBytes}],hugePages,retryCount,retryWaitNs,pollNs,cells:[{readBytes,skewBytes,depth,direct,
 //              durationNs,seed}]}
 //             -> a chunk "cell" for each cell {readCount,bytes,ns,p50Ns,p99Ns,direct,isExhausted,storageBytes: what the
@@ -207,48 +210,106 @@ TaskBody scan_task(const common_json & json) {
     return memory_task(json, true);
 }
 
+ProductCase parse_product(const common_json & json) {
+    ProductCase one{
+        json.at("typeName").get<std::string>(),
+        small(json, "rowElements", {1, 1u << 20}),
+        small(json, "rowCount", {1, 1u << 20}),
+        small(json, "tokens", {1, 1u << 16}),
+        small(json, "experts", {0, 1u << 10}),
+        small(json, "products", {1, 1u << 20}),
+        json.at("repacked").get<bool>(),
+    };
+    if (!ProductMeasure::has_type(one.type_name)) {
+        throw std::runtime_error("there are no weights of type " + one.type_name);
+    }
+    return one;
+}
+
 TaskBody products_task(const common_json & json) {
     const ProductsSpec spec{
         small(json, "threads", some_threads),
         small(json, "pollPercent", {0, 100}),
         whole(json, "weightBytes", one_or_more),
-        whole(json, "tensorBytes", one_or_more),
-        small(json, "rowElements", {1, 1u << 20}),
-        small(json, "batchTokens", {1, 1u << 16}),
-        small(json, "batchRows", {1, 1u << 20}),
         whole(json, "durationNs", any_count),
     };
-    std::vector<std::string> types;
-    for (const common_json & type : list(json, "types")) {
-        types.push_back(type.get<std::string>());
-        if (!ProductMeasure::has_type(types.back())) {
-            throw std::runtime_error("there are no weights of type " + types.back());
-        }
+    std::vector<ProductCase> cases;
+    for (const common_json & one : list(json, "cases")) {
+        cases.push_back(parse_product(one));
     }
-    return [spec, types](TaskEvents & events) {
+    return [spec, cases](TaskEvents & events) {
+        take_log(); // rearranging is logged
         ProductMeasure measure;
         std::string error;
         if (!measure.open(spec, &error)) {
             throw TaskError(error);
         }
-        for (const std::string & type : types) {
+        for (const ProductCase & one : cases) {
             ProductFigures figures;
-            if (!measure.run(type, [&] { return events.stopped(); }, &figures, &error)) {
+            if (!measure.run(one, [&] { return events.stopped(); }, &figures, &error)) {
                 throw TaskError(error);
             }
             if (events.stopped()) {
                 return;
             }
             events.data(Object()
-                            .add("typeName", json_string(type))
-                            .add("decodeBytes", figures.decode_bytes)
-                            .add("decodeNs", figures.decode_ns)
-                            .add("decodePasses", figures.decode_passes)
-                            .add("prefillFlops", figures.prefill_flops)
-                            .add("prefillNs", figures.prefill_ns)
-                            .add("prefillPasses", figures.prefill_passes)
+                            .add("bytes", figures.bytes)
+                            .add("flops", figures.flops)
+                            .add("products", figures.products)
+                            .add("ns", figures.ns)
+                            .add("passes", figures.passes)
+                            .add("isAbsent", truth(figures.is_absent))
                             .done(),
                         "product");
+        }
+    };
+}
+
+StepCase parse_step(const common_json & json) {
+    const std::string kind = json.at("kind").get<std::string>();
+    if (kind != "attention" && kind != "mixing" && kind != "plain") {
+        throw std::runtime_error("a layer has no step " + kind);
+    }
+    const StepCase one{
+        kind == "attention" ? StepKind::kAttention : kind == "mixing" ? StepKind::kMixing : StepKind::kPlain,
+        small(json, "width", {1, 1u << 20}),
+        small(json, "heads", {1, 1u << 10}),
+        small(json, "keyHeads", {1, 1u << 10}),
+        small(json, "parts", {1, 1u << 16}),
+        small(json, "steps", {1, 1u << 12}),
+    };
+    if (one.head_count % one.key_head_count != 0) {
+        throw std::runtime_error("heads of the query are a multiple of those of the keys");
+    }
+    return one;
+}
+
+TaskBody steps_task(const common_json & json) {
+    const ProductsSpec spec{
+        small(json, "threads", some_threads),
+        small(json, "pollPercent", {0, 100}),
+        platform::kDirectAlign, // no weights
+        whole(json, "durationNs", any_count),
+    };
+    std::vector<StepCase> cases;
+    for (const common_json & one : list(json, "cases")) {
+        cases.push_back(parse_step(one));
+    }
+    return [spec, cases](TaskEvents & events) {
+        ProductMeasure measure;
+        std::string error;
+        if (!measure.open(spec, &error)) {
+            throw TaskError(error);
+        }
+        for (const StepCase & one : cases) {
+            StepFigures figures;
+            if (!measure.run_steps(one, [&] { return events.stopped(); }, &figures, &error)) {
+                throw TaskError(error);
+            }
+            if (events.stopped()) {
+                return;
+            }
+            events.data(Object().add("ns", figures.ns).add("passes", figures.passes).done(), "steps");
         }
     };
 }
@@ -594,6 +655,7 @@ struct Task {
 constexpr Task tasks[] = {
     {"cached", cached_task}, {"copy", copy_task},   {"devices", devices_task}, {"products", products_task},
     {"reads", reads_task},   {"replay", replay_task}, {"scan", scan_task},       {"scratch", scratch_task},
+    {"steps", steps_task},
 };
 
 void run_task(const TaskBody & body, TaskEvents & events) {

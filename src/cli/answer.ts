@@ -6,6 +6,7 @@ import type { Prepared } from "../api";
 import type { Engine } from "../engine";
 import { HypuraError } from "../errors";
 import { type Answer, type Piece, PromptTooLongError } from "../generate";
+import { type GuessCounters, guessesSince } from "../guesses";
 import type { Plan } from "../plan";
 import { countersSince, type StreamingCounters } from "../streaming";
 import { rememberRun } from "../surroundings";
@@ -65,16 +66,20 @@ export async function interruptible<Result>(work: (signal: AbortSignal) => Promi
   }
 }
 
-/** Counts what streaming does while tokens are generated, the prompt left out. */
+/** Counts what streaming and guessing do while tokens are generated, the prompt left out. */
 export class StreamingWatch {
   readonly #engine: Engine;
   #before: StreamingCounters | null = null;
+  #guessesBefore: GuessCounters | null = null;
 
   constructor(engine: Engine) {
     this.#engine = engine;
   }
 
   async *follow(pieces: AsyncIterable<Piece>): AsyncGenerator<Piece> {
+    if (this.#engine.plan.speculation !== null) {
+      this.#guessesBefore = await this.#engine.guesses();
+    }
     for await (const piece of pieces) {
       if (this.#engine.plan.streaming !== null) {
         this.#before ??= await this.#engine.streaming();
@@ -87,6 +92,12 @@ export class StreamingWatch {
   async counters(): Promise<StreamingCounters | null> {
     const after = this.#before === null ? null : await this.#engine.streaming();
     return this.#before === null || after === null ? null : countersSince(this.#before, after);
+  }
+
+  /** Since it began to follow; null where the plan guesses nothing. */
+  async guesses(): Promise<GuessCounters | null> {
+    const after = this.#guessesBefore === null ? null : await this.#engine.guesses();
+    return this.#guessesBefore === null || after === null ? null : guessesSince(this.#guessesBefore, after);
   }
 }
 

@@ -44,6 +44,7 @@ import { type MemoryGroup, makeMemoryGroup } from "../memory-group";
 import { type ModelFile, openModelFile, readMetadataArray } from "../modelfile";
 import type { Plan, PlanLimits } from "../plan";
 import { isAligned } from "../plan-resident";
+import { withoutMemory } from "../plan-speculation";
 import { fingerprintOf } from "../profile";
 import { findSource, measureStorage } from "../storage";
 import { isMeasured, rememberFigures, type Surroundings, surroundingsOf } from "../surroundings";
@@ -311,7 +312,9 @@ function plansOf(
   // Its prompt is of random tokens, for which nobody can guess well: a pass for each, unless asked otherwise.
   const speculation = flags.speculation ?? (flags.draft === undefined ? "off" : undefined);
   const limits = flags.plan === undefined ? { ...asked, speculation } : asked;
-  const hypura = planOf(file, limitsOf(limits), machine, known.knowledge);
+  const planned = planOf(file, limitsOf(limits), machine, known.knowledge);
+  // Rounds ask the same: what they remembered of each other would be guessed.
+  const hypura = flags.plan === undefined ? withoutMemory(planned) : planned;
   if (flags.baseline !== true) {
     return { hypura, baseline: null };
   }

@@ -198,7 +198,7 @@ const memoryNames: Readonly<Record<keyof Plan["memory"], string>> = {
   stateBytes: "recurrent state",
   computeBytes: "scratch",
   streamingBytes: "scratch of streaming",
-  draftBytes: "draft model",
+  draftBytes: "draft model or MTP context",
   projectorBytes: "projector for images",
   processBytes: "hypura itself",
 };

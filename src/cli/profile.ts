@@ -3,6 +3,7 @@
 
 import { consola } from "consola";
 import type { Machine, MachineProfile } from "../machine";
+import { measuredRowElements } from "../plan-cost";
 import { defaultSeconds, loadMachine } from "../profile";
 import { readSizeText } from "../storage";
 import { bandwidthText, bar, bytesText, durationText, flopsText, plural, printable } from "../text";
@@ -129,6 +130,8 @@ function profileLines(profile: MachineProfile, { devices }: Machine): readonly s
     one.typeName,
     bandwidthText(one.decodeBytesPerSecond),
     drawn(one.decodeBytesPerSecond),
+    bandwidthText(one.shortRowBytesPerSecond),
+    one.repacked === null ? "" : bandwidthText(one.repacked.decodeBytesPerSecond),
     flopsText(one.prefillFlopsPerSecond),
   ]);
   return [
@@ -137,10 +140,10 @@ function profileLines(profile: MachineProfile, { devices }: Machine): readonly s
     ...section(
       stdout.paint(
         "bold",
-        `Products on ${plural(profile.computeThreads, "thread")}: weights read for one token; a batch of 512`,
+        `Products on ${plural(profile.computeThreads, "thread")}: one token, rows of ${measuredRowElements.long}, of ${measuredRowElements.short}, rearranged; a batch of 512`,
       ),
       productRows,
-      [1, 3],
+      [1, 3, 4, 5],
     ),
     ...storage.flatMap((one) => [
       "",

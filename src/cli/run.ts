@@ -13,9 +13,10 @@ import {
   type Message,
   type Prompt,
 } from "../generate";
+import { guessesText, guessSummary } from "../guesses";
 import { peakMemoryBytes } from "../machine";
 import { type Plan, totalBytes } from "../plan";
-import { guessSources, layersOf, layersText, streamingText } from "../streaming";
+import { layersOf, layersText, streamingText } from "../streaming";
 import { bytesText, countText, durationText } from "../text";
 import { traceHeader } from "../trace";
 import { interruptible, rememberAnswer, StreamingWatch, showAnswer, speedText, withAdvice } from "./answer";
@@ -334,7 +335,11 @@ async function answerOnce(
     return json ? answerOf(pieces) : showAnswer(pieces);
   });
   const streaming = await watch.counters();
+  const counted = await watch.guesses();
   const { plan } = engine;
+  const decodedTokens = answer.timings.generatedTokens - 1; // the first came with the prompt
+  const guessed =
+    counted === null || decodedTokens < 1 ? null : guessSummary(counted, decodedTokens, streaming);
   rememberAnswer(prepared, answer, streaming);
   if (json) {
     const { decodeTokensPerSecond, basis } = plan.estimate;
@@ -345,29 +350,21 @@ async function answerOnce(
       predicted: { decodeTokensPerSecond, basis },
       peakBytes: peakMemoryBytes(),
       streaming,
+      guesses: guessed,
     };
     await print(`${JSON.stringify(facts)}\n`);
   } else {
     await print("\n");
     consola.info(summary(engine, answer));
-    if (
-      streaming !== null &&
-      streaming.passes > 0 &&
-      plan.streaming !== null &&
-      answer.timings.generatedTokens > 1
-    ) {
-      const { generatedTokens, generatedSeconds, draftedTokens, acceptedTokens } = answer.timings;
-      const decoded = {
-        tokens: generatedTokens - 1, // the first came with the prompt
-        seconds: generatedSeconds,
-        drafted: draftedTokens,
-        accepted: acceptedTokens,
-        sources: guessSources(plan),
-      };
+    if (streaming !== null && streaming.passes > 0 && plan.streaming !== null && decodedTokens > 0) {
+      const decoded = { tokens: decodedTokens, seconds: answer.timings.generatedSeconds };
       consola.info(streamingText(streaming, decoded, plan.streaming.touchedBytesPerToken));
       if (verbose) {
         tell(`${layersText(layersOf(streaming, plan), decoded.tokens)}\n`);
       }
+    }
+    if (guessed !== null) {
+      consola.info(guessesText(guessed));
     }
   }
   if (answer.finish === "cancelled") {

@@ -86,6 +86,10 @@ class FakeEngine {
     return Promise.resolve(null);
   }
 
+  guesses(): Promise<null> {
+    return Promise.resolve(null);
+  }
+
   close(): Promise<void> {
     this.#stage.events.push(`unload ${this.plan.model.name}`);
     return Promise.resolve();

@@ -115,6 +115,10 @@ describe.each(subjects)("$name, $mode with a quarter in the pool", ({ name, mode
       0,
     );
     expect(await metric(server, "hypura_evictions_total")).toBeGreaterThan(0);
+    // Auto guesses where a dense model streams, and what was asked before is asked again.
+    const right = `hypura_right_guesses_total{model="${name}:latest",source="context"`;
+    if (mode === "dense-ffn-streaming") expect(await metric(server, right)).toBeGreaterThan(0);
+    else await expect(metric(server, right)).rejects.toThrow("is not in");
     await server.stop();
   });
 

@@ -2,6 +2,8 @@
 // would have cost. Greedy guessing changes no text, so the answer without guesses is all that is needed, and a rule can be
 // judged before anyone builds it. Pure.
 
+import type { ContextRule } from "../../src/plan";
+
 /** Seconds of a pass by its tokens, as a multiple of a pass of one. */
 export type PassCost = (tokens: number) => number;
 
@@ -119,6 +121,96 @@ export function longestMatch(least: number, most: (matched: number) => number): 
       return best.at < 0 ? [] : seen.slice(best.at, best.at + most(best.length));
     },
     learn() {},
+  };
+}
+
+/** The plan's rule; `memoryTokens` is the caller's matter. */
+export type ReplayedRule = Omit<ContextRule, "memoryTokens"> & {
+  readonly maxTokens: number;
+  /** So many where so many match: what steering the depth would bring. */
+  readonly sure?: { readonly matchTokens: number; readonly maxTokens: number };
+};
+
+const longestCompared = 16;
+/** Where a text goes on that was changed here and there: a word was put in, or one was left out. */
+const resyncSteps = [1, -1, 2, -2, 3, 4];
+
+interface Place {
+  readonly text: readonly number[];
+  readonly at: number;
+}
+
+/**
+ * What the engine guesses from the context (ffi/native/guesser.cpp), for one request; `memory` is what requests before
+ * it left, a negative number between two of them.
+ */
+export function contextGuesses(rule: ReplayedRule, memory: readonly number[] = []): Guesser {
+  let source: Place | null = null;
+  let carries = 0;
+  let seenTokens = 0;
+  let rightThousandths = 1000 * rule.maxTokens;
+  const longestMatchIn = (text: readonly number[], end: number, seen: readonly number[], best: number) => {
+    let found = { at: -1, length: best };
+    for (let at = end; at > 0 && found.length < longestCompared; at--) {
+      let length = 0;
+      while (
+        length < longestCompared &&
+        length < at &&
+        length < seen.length &&
+        text[at - 1 - length] === seen[seen.length - 1 - length]
+      ) {
+        length++;
+      }
+      if (length > found.length) found = { at, length };
+    }
+    return found;
+  };
+  const resync = ({ text, at }: Place, last: number): Place => {
+    if (text[at - 1] === last) return { text, at };
+    const step = resyncSteps.find(
+      (one) => at - 1 + one >= 0 && at + one < text.length && text[at - 1 + one] === last,
+    );
+    return { text, at: at + (step ?? 0) };
+  };
+  return {
+    guess(seen) {
+      const own = longestMatchIn(seen, seen.length - 1, seen, 0);
+      const older = longestMatchIn(memory, memory.length - 1, seen, own.length);
+      const match = older.at >= 0 ? { text: memory, ...older } : { text: seen, ...own };
+      const carriedAt = source === null ? -1 : source.at + seen.length - seenTokens;
+      // What was taken from this very text is found in it as it has become.
+      const carriedText: readonly number[] = source === null || source.text !== memory ? seen : memory;
+      const canCarry = source !== null && carries < rule.mostCarries && carriedAt < carriedText.length;
+      seenTokens = seen.length;
+      if (match.length >= rule.leastMatchTokens) {
+        source = { text: match.text, at: match.at };
+        carries = 0;
+      } else if (canCarry) {
+        source = resync({ text: carriedText, at: carriedAt }, seen.at(-1) ?? -1);
+        carries++;
+      } else {
+        source = null;
+        return [];
+      }
+      const isSure = rule.sure !== undefined && match.length >= rule.sure.matchTokens;
+      const now = Math.min(
+        rule.maxTokens,
+        rule.leastTokens + Math.ceil((rule.tokensPerRight * rightThousandths) / 1000),
+      );
+      const most = isSure ? (rule.sure?.maxTokens ?? 0) : now;
+      const guessed: number[] = [];
+      for (let at = source.at; guessed.length < most; at++) {
+        const end = source.text.length;
+        const token = at < end ? source.text[at] : source.text === memory ? undefined : guessed[at - end];
+        if (token === undefined || token < 0) break;
+        guessed.push(token);
+      }
+      return guessed;
+    },
+    learn(right) {
+      const percent = rule.newestPercent;
+      rightThousandths = Math.floor((rightThousandths * (100 - percent) + 1000 * right * percent) / 100);
+    },
   };
 }
 

@@ -1,10 +1,12 @@
 // Guesses against their bars (test/bench/NOTES.md):
 //   bun test/bench/speculation.ts prompts MODEL --memory 600M [--kinds "code edit,json"] [--tokens 64] [--draft FILE]
+//       [--fresh]                                              each answer guessed without those before it
 //   bun test/bench/speculation.ts repeat FILE [--runs 3]        FILE from `bun test/fixtures/make.ts dense-6g FILE`
 //   bun test/bench/speculation.ts experts FILE [--runs 3]       FILE from `bun test/fixtures/make.ts moe-6g FILE`
 //   bun test/bench/speculation.ts clients FILE [--clients 8]    FILE as for repeat, through `hypura serve`
 //   bun test/bench/speculation.ts replay MODEL [--answers FILE]  what steering each pass would bring
-//   bun test/bench/speculation.ts flips MODEL [--tokens 96]     how often a pass of guesses turns a greedy text
+//   bun test/bench/speculation.ts flips MODEL [--tokens 96] [--kinds json]  how often a pass of guesses turns a greedy text
+// `--threads 1` where the cores are not idle: two that wait for each other crawl.
 // Two processes with the same plan, one that guesses and one that does not, asked the same in turns. Weights are read
 // past the page cache, so every pass is cold. The prompts of prompts.json were written down before any measurement.
 
@@ -13,10 +15,12 @@ import { join } from "node:path";
 import { planOf } from "../../src/api";
 import { openModelFile } from "../../src/modelfile";
 import { noLimits, type Plan, type PlanLimits, runOf } from "../../src/plan";
+import { withoutMemory } from "../../src/plan-speculation";
 import { loadMachine } from "../../src/profile";
 import { bytesText, parseBytes } from "../../src/text";
 import { compare, type Told } from "../engine/speculation";
 import {
+  contextGuesses,
   densePassCost,
   firstOf,
   type Guesser,
@@ -52,7 +56,9 @@ function open(name: string, plan: Plan): Promise<Teller> {
 }
 
 function limitsFor(memoryBytes: number | null, change: Partial<PlanLimits> = {}): PlanLimits {
-  return { ...noLimits, contextTokens: 1024, slotCount: 1, memoryBytes, ...change };
+  const threads = flag("threads");
+  const given = { contextTokens: 1024, slotCount: 1, memoryBytes };
+  return { ...noLimits, ...given, threads: threads === undefined ? null : Number(threads), ...change };
 }
 
 /** As `run` plans: with what was measured here. */
@@ -132,14 +138,18 @@ async function realPrompts(): Promise<void> {
       speculation: wish === undefined || wish === "auto" ? "auto" : Number(wish),
     }),
   );
+  const isFresh = process.argv.includes("--fresh");
+  const guessing = isFresh ? withoutMemory(on) : on;
   console.log(
-    `${on.mode}, pool ${bytesText(on.memory.poolBytes)}, up to ${on.speculation?.maxTokens} guesses, draft ${on.speculation?.draftPath ?? "none"}`,
+    `${on.mode}, pool ${bytesText(on.memory.poolBytes)}, up to ${on.speculation?.maxTokens} guesses, draft ${on.speculation?.draftPath ?? "none"}` +
+      (isFresh ? ", nothing remembered of the answers before" : ""),
   );
-  await using onTeller = await open("on", on);
+  await using onTeller = await open("on", guessing);
   await using offTeller = await open("off", off);
   const tellers = { on: onTeller, off: offTeller };
   for (const kind of new Set(prompts.map((one) => one.kind))) {
     if (kinds !== undefined && !kinds.includes(kind)) continue;
+    const started = performance.now();
     const pairs: Pair[] = [];
     for (const [i, { name, prompt }] of prompts.filter((one) => one.kind === kind).entries()) {
       const pair = await inTurns(tellers, { chat: prompt, tokens }, i);
@@ -147,7 +157,7 @@ async function realPrompts(): Promise<void> {
       const isLoop = distinct < leastDistinct;
       console.log(
         `  ${kind}: ${name}: ${rate(pair.off).toFixed(2)} -> ${rate(pair.on).toFixed(2)} tok/s (x${(rate(pair.on) / rate(pair.off)).toFixed(2)}), ` +
-          `${tokensPerPass(pair.on).toFixed(2)} tokens a pass, ${pair.on.accepted} of ${pair.on.drafted} guesses right, ` +
+          `${tokensPerPass(pair.on).toFixed(2)} tokens a pass, ${sourcesText(pair.on)}, ` +
           `${bytesText(readPerToken(pair.off))} -> ${bytesText(readPerToken(pair.on))} a token, ` +
           `${pair.on.tokens} tokens, ${(100 * distinct).toFixed(0)} % distinct${isLoop ? ": A LOOP, left out" : ""}` +
           `${pair.on.text === pair.off.text ? "" : ", another text after a near tie"}`,
@@ -155,18 +165,30 @@ async function realPrompts(): Promise<void> {
       if (!isLoop && pair.off.tokens > 8 && pair.on.tokens > 8) pairs.push(pair);
     }
     judgeKind(kind, pairs);
+    console.log(`  ${((performance.now() - started) / 1000).toFixed(0)} s for this kind`);
   }
+}
+
+function sourcesText({ guesses }: Figures): string {
+  if (guesses === null) return "nothing guessed";
+  const told = Object.entries(guesses).filter(([, { drafted }]) => drafted > 0);
+  return told.map(([name, { drafted, accepted }]) => `${name} ${accepted} of ${drafted} right`).join(", ");
 }
 
 function judgeKind(kind: string, pairs: readonly Pair[]): void {
   const gains = pairs.map((pair) => rate(pair.on) / rate(pair.off));
   const least = kind === "prose" ? 0.98 : kind === "quote" ? 0 : 2.5;
   const bytes = pairs.map((pair) => readPerToken(pair.off) / readPerToken(pair.on));
+  const [without, with_] = (["off", "on"] as const).map((side) =>
+    bytesText(median(pairs.map((pair) => readPerToken(pair[side])))),
+  );
+  const distinct = median(pairs.map(({ off }) => distinctShare(off.ids)));
   const kernel = pairs.map((pair) => kernelPerToken(pair.off) / kernelPerToken(pair.on));
   verdict(
     median(gains) >= least,
     `${kind}: ${pairs.length} pairs, speed-up ${spread(gains)}, bar ${least}; tokens a pass ${spread(pairs.map(({ on }) => tokensPerPass(on)))}; ` +
-      `fewer bytes a token x${spread(bytes)}, by the kernel's count x${spread(kernel)}`,
+      `bytes a token ${without} -> ${with_}, fewer by x${spread(bytes)}, by the kernel's count x${spread(kernel)}; ` +
+      `distinct runs of four tokens ${(100 * distinct).toFixed(0)} %`,
   );
 }
 
@@ -185,7 +207,7 @@ const repeating = {
 
 async function repeat(): Promise<void> {
   const { on, off } = bothPlans(limitsFor(parseBytes(flag("memory") ?? "2G") ?? null, { mode: "stream" }));
-  await using onTeller = await open("on", on);
+  await using onTeller = await open("on", withoutMemory(on)); // the same is asked again
   await using offTeller = await open("off", off);
   const widths: number[] = [];
   const most = on.speculation?.maxTokens ?? 7;
@@ -236,7 +258,8 @@ async function experts(): Promise<void> {
   const file = openModelFile(path);
   const at = new Date().toISOString();
   const { on, off } = bothPlans({ ...limits, speculation: 4 });
-  await using onTeller = await open("on", on);
+  // The same is asked again and again: an answer that is remembered would be guessed for no merit of the text.
+  await using onTeller = await open("on", withoutMemory(on));
   await using offTeller = await open("off", off);
   const tellers = { on: onTeller, off: offTeller };
   // Text that repeats loosely, and text that is new: guesses have something to say in both.
@@ -359,28 +382,33 @@ async function replay(): Promise<void> {
       if (file !== undefined) writeFileSync(file, JSON.stringify(answers));
     }
   }
-  const rules: readonly (readonly [string, () => Guesser])[] = [
-    ["as llama.cpp: 2 tokens match, up to 7", () => mapOfKeys(2, 7)],
-    ["as llama.cpp: 2 tokens match, up to 15", () => mapOfKeys(2, 15)],
-    ["as llama.cpp: 3 tokens match, up to 7", () => mapOfKeys(3, 7)],
-    ["as llama.cpp: 1 token matches, up to 7", () => mapOfKeys(1, 7)],
-    ["as llama.cpp: 2 tokens match, up to 4", () => mapOfKeys(2, 4)],
-    ["as llama.cpp: 1 token matches, up to 4", () => mapOfKeys(1, 4)],
-    ["newest place, 2 tokens match, up to 7", () => newestPlace(2, 7)],
-    ["newest place (3), then the map (2)", () => firstOf(newestPlace(3, 7), mapOfKeys(2, 7))],
-    ["newest place (3), then the map (1)", () => firstOf(newestPlace(3, 7), mapOfKeys(1, 7))],
-    ["newest place (2), then the map (1)", () => firstOf(newestPlace(2, 7), mapOfKeys(1, 7))],
-    ["newest place (2), then the map (2)", () => firstOf(newestPlace(2, 7), mapOfKeys(2, 7))],
-    ["newest place (1), then the map (1)", () => firstOf(newestPlace(1, 7), mapOfKeys(1, 7))],
-    ["steered: longest match from 2, up to 7", () => longestMatch(2, () => 7)],
-    ["steered: longest match from 1, up to 7", () => longestMatch(1, () => 7)],
-    ["steered: longest match from 2, 7 or 15 by its length", () => longestMatch(2, (n) => (n >= 6 ? 15 : 7))],
+  const depth = { leastTokens: 2, tokensPerRight: 4, newestPercent: 30 };
+  const rule = { leastMatchTokens: 1, mostCarries: 3, maxTokens: 7, ...depth };
+  const rules: readonly (readonly [string, (memory: readonly number[]) => Guesser])[] = [
+    ["the plan's", (memory) => contextGuesses(rule, memory)],
+    ["the plan's, nothing remembered", () => contextGuesses(rule)],
+    ["the plan's, no carrying on", (memory) => contextGuesses({ ...rule, mostCarries: 0 }, memory)],
+    ["the plan's, always up to 7", (memory) => contextGuesses({ ...rule, leastTokens: 7 }, memory)],
+    ["the plan's, up to 15", (memory) => contextGuesses({ ...rule, maxTokens: 15 }, memory)],
+    [
+      "steered: up to 15 where 12 match",
+      (memory) => contextGuesses({ ...rule, sure: { matchTokens: 12, maxTokens: 15 } }, memory),
+    ],
+    ["longest match alone, up to 7", () => longestMatch(1, () => 7)],
+    ["llama.cpp: newest place (3), then the map (1)", () => firstOf(newestPlace(3, 7), mapOfKeys(1, 7))],
+    ["llama.cpp: the map (2)", () => mapOfKeys(2, 7)],
+    ["llama.cpp: the map (1)", () => mapOfKeys(1, 7)],
   ];
   for (const kind of new Set(answers.map((one) => one.kind))) {
     for (const [name, rule] of rules) {
-      const told = answers
-        .filter((one) => one.kind === kind && distinctShare(one.ids) >= leastDistinct && one.ids.length > 8)
-        .map(({ promptIds, ids }) => replayGuesses(promptIds, ids, rule(), densePassCost));
+      const ofKind = answers
+        .map((one) => ({ ...one, ids: one.ids.slice(0, tokens) }))
+        .filter((one) => one.kind === kind && distinctShare(one.ids) >= leastDistinct && one.ids.length > 8);
+      const told = ofKind.map(({ promptIds, ids }, i) => {
+        // As the engine remembers them where one is asked after the other: all but the last pass.
+        const memory = ofKind.slice(0, i).flatMap((one) => [...one.promptIds, ...one.ids.slice(0, -4), -1]);
+        return replayGuesses(promptIds, ids, rule(memory), densePassCost);
+      });
       console.log(
         `${kind}: ${name}: tokens a pass ${spread(told.map((one) => one.tokens / one.passes))}, speed-up ${spread(told.map((one) => one.tokens / one.cost))}`,
       );
@@ -395,20 +423,26 @@ async function flips(): Promise<void> {
   const limits = limitsFor(parseBytes(flag("memory") ?? "") ?? null, { speculation: 7 });
   const { on, off } = bothPlans(limits);
   const plain = { ...off, repack: false };
+  const kinds = flag("kinds")?.split(",");
   const told: { on: Told; off: Told }[] = [];
+  const rounding: number[] = [];
   {
     // One after the other: this is no measurement of time.
     await using offTeller = await open("off", plain);
     await using onTeller = await open("on", { ...on, repack: false });
-    for (const { prompt } of prompts) {
+    for (const { prompt, kind } of prompts) {
+      if (kinds !== undefined && !kinds.includes(kind)) continue;
       const asked = { chat: prompt, tokens, whole: true };
-      const without = await offTeller.ask({ ...asked, margins: true });
+      const without = await offTeller.ask({ ...asked, margins: true, roundingPlaces: 4 });
+      rounding.push(...without.rounding);
       const guessed = await onTeller.ask(asked);
       const asTold = (one: Figures): Told => ({ ...one, tokens: one.ids });
       told.push({ off: asTold(without), on: asTold(guessed) });
     }
   }
-  const comparisons = told.map((one) => compare(one.off, one.on));
+  // What rounding moves with no guess in it, a guess may move.
+  const tie = Math.max(...rounding);
+  const comparisons = told.map((one) => compare(one.off, one.on, tie));
   const parted = comparisons.flatMap((one) => (one.kind === "equal" ? [] : [one]));
   // After the first difference two texts have nothing to do with each other.
   const same = told.reduce((sum, one, i) => {
@@ -422,8 +456,14 @@ async function flips(): Promise<void> {
     `${told.length} answers, ${same} tokens compared, ${accepted} guesses taken: ${parted.length} answers part, ` +
       `${((1000 * parted.length) / Math.max(1, same)).toFixed(2)} per 1,000 tokens; margins there ${parted.map((one) => one.margin.toFixed(4)).join(", ") || "none"} nats`,
   );
+  console.log(
+    `a pass over many tokens moves the lead of the likelier of two tokens by ${median(rounding).toFixed(4)} nats in the median, ` +
+      `${tie.toFixed(4)} at most (${rounding.length} places, nothing guessed)`,
+  );
+  const drafted = told.reduce((sum, one) => sum + one.on.drafted, 0);
+  console.log(`${drafted} tokens were guessed: each pass with a guess is a wide one, right or wrong`);
   const different = comparisons.filter((one) => one.kind === "different").length;
-  verdict(different === 0, `${different} answers part where the model was sure`);
+  verdict(different === 0, `${different} answers part where the model was surer than rounding moves it`);
 }
 
 switch (mode) {

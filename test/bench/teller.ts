@@ -4,8 +4,10 @@
 import { readFileSync } from "node:fs";
 import { createInterface } from "node:readline";
 import { type Engine, openEngine } from "../../src/engine";
+import { type GuessCounters, guessesSince } from "../../src/guesses";
 import type { Plan } from "../../src/plan";
 import { countersSince, type StreamingCounters } from "../../src/streaming";
+import { marginsOf, roundingOf, type SaidToken } from "../engine/speculation";
 
 export interface Asked {
   /** A question in the model's own template, or text, or tokens. */
@@ -22,6 +24,8 @@ export interface Asked {
   readonly whole?: boolean;
   /** Asks how sure the model was of each token, which takes time. */
   readonly margins?: boolean;
+  /** With margins: at so many places of the answer, how far a pass over many tokens moves them. */
+  readonly roundingPlaces?: number;
 }
 
 export interface Figures {
@@ -30,12 +34,16 @@ export interface Figures {
   readonly ids: readonly number[];
   /** As of Told in test/engine/speculation.ts. */
   readonly margins: readonly number[];
+  /** As of roundingOf in test/engine/speculation.ts. */
+  readonly rounding: readonly number[];
   readonly promptSeconds: number;
   readonly tokens: number;
   /** From the first token to the last. */
   readonly seconds: number;
   readonly drafted: number;
   readonly accepted: number;
+  /** By source; null where nothing is guessed. */
+  readonly guesses: GuessCounters | null;
   /** From the first token on; null where everything is resident. */
   readonly decode: StreamingCounters | null;
   /** Bytes that the kernel fetched from storage for this process meanwhile. */
@@ -52,9 +60,7 @@ interface Chunk {
     readonly draft_n?: number;
     readonly draft_n_accepted?: number;
   };
-  readonly completion_probabilities?: readonly {
-    readonly top_logprobs: readonly { readonly logprob: number }[];
-  }[];
+  readonly completion_probabilities?: readonly SaidToken[];
 }
 
 async function only<Answer>(engine: Engine, route: string, body: object): Promise<Answer> {
@@ -101,6 +107,10 @@ function storageRead(): number | null {
 
 async function answer(engine: Engine, asked: Asked): Promise<Figures> {
   const prompt = await promptOf(engine, asked);
+  const bias = await biasOf(engine, asked);
+  if (asked.margins === true && bias.length > 0)
+    throw new Error("margins of weighed tokens are not asked for here");
+  const guessedBefore = await engine.guesses();
   const body = {
     prompt,
     n_predict: asked.tokens,
@@ -110,12 +120,12 @@ async function answer(engine: Engine, asked: Asked): Promise<Figures> {
     return_tokens: true,
     timings_per_token: true,
     ...(asked.grammar === undefined ? {} : { grammar: asked.grammar }),
-    ...(asked.bias === undefined ? {} : { logit_bias: await biasOf(engine, asked) }),
+    ...(bias.length === 0 ? {} : { logit_bias: bias }),
     ...(asked.margins === true ? { n_probs: 2 } : {}),
   };
   let text = "";
   const ids: number[] = [];
-  const margins: number[] = [];
+  const said: SaidToken[] = [];
   let timings: Chunk["timings"];
   let first: { counters: StreamingCounters | null; storage: number | null } | undefined;
   for await (const { data } of engine.request("POST /completion", body)) {
@@ -124,18 +134,21 @@ async function answer(engine: Engine, asked: Asked): Promise<Figures> {
     text += chunk.content;
     ids.push(...(chunk.tokens ?? []));
     timings = chunk.timings ?? timings;
-    for (const { top_logprobs: tops } of chunk.completion_probabilities ?? []) {
-      margins.push((tops[0]?.logprob ?? 0) - (tops[1]?.logprob ?? -1e9));
-    }
+    said.push(...(chunk.completion_probabilities ?? []));
   }
   const after = await engine.streaming();
   const storage = storageRead();
   const before = first?.counters ?? null;
+  const guessed = await engine.guesses();
+  const promptIds = typeof prompt === "string" ? await tokensOf(engine, prompt, true) : prompt;
+  const told = { prompt: promptIds, tokens: ids, said, bias };
   return {
     text,
-    promptIds: typeof prompt === "string" ? await tokensOf(engine, prompt, true) : prompt,
+    promptIds,
     ids,
-    margins,
+    margins: asked.margins === true ? await marginsOf(engine, told) : [],
+    rounding: asked.roundingPlaces === undefined ? [] : await roundingOf(engine, told, asked.roundingPlaces),
+    guesses: guessedBefore === null || guessed === null ? null : guessesSince(guessedBefore, guessed),
     promptSeconds: (timings?.prompt_ms ?? 0) / 1000,
     tokens: timings?.predicted_n ?? 0,
     seconds: (timings?.predicted_ms ?? 0) / 1000,

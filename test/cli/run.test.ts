@@ -4,6 +4,7 @@
 import { describe, expect, test } from "bun:test";
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
+import type { GuessSummary } from "../../src/guesses";
 import { endlessModel, environment, eventually, hypura, program, scratchFolder, tinyModel } from "./program";
 
 const folder = scratchFolder();
@@ -20,6 +21,7 @@ interface JsonAnswer {
   readonly mode: string;
   readonly timings: Readonly<Record<"cachedTokens" | "promptTokens" | "generatedTokens", number>>;
   readonly peakBytes: number;
+  readonly guesses: GuessSummary | null;
 }
 
 async function answer(args: readonly string[], stdin = "", path = model): Promise<JsonAnswer> {
@@ -179,6 +181,23 @@ describe("streams", () => {
     expect([mode, thinking]).toEqual(["full-resident", ""]);
     expect(peakBytes).toBeGreaterThan(20_000_000);
     expect(timings.generatedTokens).toBe(12);
+  });
+
+  test("guesses are told by source, in the numbers and in a line of their own", async () => {
+    const asked = ["--prompt", "one two three ".repeat(12), "--temp", "0", "--max-tokens", "64"];
+    const { guesses } = await answer([...asked, "--speculation", "4"], "", endless);
+    const { passes = 0, drafted = 0, accepted = 0, sources, bound } = guesses ?? {};
+    expect(drafted).toBeGreaterThan(0);
+    expect(passes).toBe(63 - accepted);
+    expect(sources?.context).toEqual({ drafted, accepted });
+    expect(sources?.draft.drafted).toBe(0);
+    expect(bound).toBeNull(); // nothing is read for a pass
+    const { guesses: none } = await answer(asked, "", endless);
+    expect(none).toBeNull();
+    const told = await hypura(["run", endless, ...asked, "--speculation", "4", ...one]);
+    expect(told.stderr.trim().split("\n").at(-1)).toBe(
+      `${passes} passes of ${(63 / passes).toFixed(2)} tokens, ${accepted} of ${drafted} guesses from the context right`,
+    );
   });
 });
 

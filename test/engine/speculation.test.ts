@@ -13,7 +13,7 @@ import { HypuraError } from "../../src/errors";
 import { openModelFile, readMetadataArray } from "../../src/modelfile";
 import { noLimits, type Plan, type Speculation, totalBytes } from "../../src/plan";
 import { validatePlan } from "../../src/plan-json";
-import { densePassCost, firstOf, mapOfKeys, newestPlace, replayGuesses } from "../bench/guesses";
+import { contextGuesses, densePassCost, replayGuesses } from "../bench/guesses";
 import { makeFixture } from "../fixtures";
 import { openRandom, type Random } from "../fixtures/random";
 import { withPool } from "../golden/compare";
@@ -22,13 +22,14 @@ import { compare, type Told, tell } from "./speculation";
 import { planOf } from "./tiny";
 
 const kinds = ["tiny-llama", "tiny-mixtral", "tiny-qwen3moe"] as const;
+const withMtp = "tiny-glm4moe";
 
 const folder = mkdtempSync(join(tmpdir(), "hypura-speculation-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 const models = new Map<string, string>();
 beforeAll(async () => {
-  for (const kind of kinds) {
+  for (const kind of [...kinds, withMtp]) {
     const [path = ""] = await makeFixture(kind, join(folder, `${kind}.gguf`));
     models.set(kind, path);
   }
@@ -37,11 +38,17 @@ beforeAll(async () => {
 function guesses(maxTokens: number): Speculation {
   return {
     maxTokens,
-    fromContext: true,
-    matchTokens: 1,
-    longMatchTokens: 3,
+    context: {
+      leastMatchTokens: 1,
+      mostCarries: 3,
+      memoryTokens: 4096,
+      leastTokens: 2,
+      tokensPerRight: 4,
+      newestPercent: 30,
+    },
     draftPath: null,
     draftKey: null,
+    mtp: false,
     draftProbability: 0,
   };
 }
@@ -158,17 +165,42 @@ describe("what the counters say", () => {
 
   test("the replay of an answer counts what the engine counted", async () => {
     const plan = streamingPlan("tiny-llama", 1, 7);
+    const { context } = guesses(7);
+    if (context === null) throw new Error("nothing is guessed from the context");
     for (const question of questions(19)) {
-      await using engine = await openEngine(plan); // the core remembers keys of requests before
+      await using engine = await openEngine(plan); // it remembers the requests before
       const told = await tell(engine, greedy(question, 64));
       const replayed = replayGuesses(
         question.prompt,
         told.tokens,
-        firstOf(newestPlace(3, 7), mapOfKeys(1, 7)),
+        contextGuesses({ ...context, maxTokens: 7 }),
         densePassCost,
       );
       expect([replayed.drafted, replayed.accepted]).toEqual([told.drafted, told.accepted]);
+      const none = { drafted: 0, accepted: 0 };
+      const { drafted, accepted } = told;
+      expect(await engine.guesses()).toEqual({ context: { drafted, accepted }, draft: none, mtp: none });
     }
+  });
+
+  test("a request that comes again is guessed from the first, as far as the memory reaches", async () => {
+    const [question = { prompt: [5] }] = questions(23);
+    const other = { prompt: Array.from({ length: 40 }, (_, i) => 300 + 3 * i) };
+    const accepted = async (memoryTokens: number): Promise<readonly number[]> => {
+      const plan = streamingPlan("tiny-llama", 1, 7);
+      const speculation = guesses(7);
+      const context = speculation.context === null ? null : { ...speculation.context, memoryTokens };
+      await using engine = await openEngine({ ...plan, speculation: { ...speculation, context } });
+      const first = await tell(engine, greedy(question, 64));
+      await tell(engine, greedy(other, 4));
+      const again = await tell(engine, greedy(question, 64));
+      expect(again.tokens).toEqual(first.tokens);
+      return [first.accepted, again.accepted];
+    };
+    const [first = 0, again = 0] = await accepted(4096);
+    expect(first).toBeLessThan(50);
+    expect(again).toBeGreaterThan(50); // of 62, but for what the end of an answer leaves out
+    expect(await accepted(0)).toEqual([first, first]);
   });
 
   test("a plan whose batch cannot hold all guesses is refused", async () => {
@@ -276,7 +308,7 @@ describe("a draft model", () => {
 
   const withDraft = (slotCount: number, draftPath: string): Plan => {
     const plan = streamingPlan("tiny-llama", slotCount, 7);
-    return { ...plan, speculation: { ...guesses(7), fromContext: false, draftPath } };
+    return { ...plan, speculation: { ...guesses(7), context: null, draftPath } };
   };
 
   test.each([1, 4])(
@@ -339,6 +371,50 @@ describe("a draft model", () => {
       /draft model twin.gguf does not fit/,
     );
     expect(() => plan(null, { speculation: "off" })).toThrow(/leave out one of them/);
+  });
+});
+
+// ---- the model's own layers -----------------------------------------------------------------------------------
+
+describe("MTP layers", () => {
+  test.each([1, 4])(
+    "that guess change nothing, and what they guess is told apart, %d slots",
+    async (slots) => {
+      const asked = questions(29).filter((question) => question.logit_bias === undefined);
+      const expected = await tellAll(streamingPlan(withMtp, 1, 0), asked, true);
+      const plan = streamingPlan(withMtp, slots, 4);
+      const speculation = { ...guesses(4), context: null, mtp: true };
+      await using engine = await openEngine({ ...plan, speculation });
+      const told = await Promise.all(asked.slice(0, slots).map((one) => tell(engine, greedy(one))));
+      for (const [i, one] of told.entries()) {
+        const comparison = compare(expected[i] as Told, one);
+        expect(comparison.kind, JSON.stringify(comparison)).not.toBe("different");
+      }
+      const counted = await engine.guesses();
+      expect(counted?.mtp).toEqual({ drafted: sumOf(told, "drafted"), accepted: sumOf(told, "accepted") });
+      expect(counted?.mtp.drafted).toBeGreaterThan(20);
+      expect(counted?.context).toEqual({ drafted: 0, accepted: 0 });
+    },
+  );
+
+  test("are taken where guesses are, with the memory of their context, and inspect says so", () => {
+    const file = openModelFile(models.get(withMtp) ?? "");
+    const limits = { ...noLimits, mode: "stream", contextTokens: 512, slotCount: 1, threads: 1 } as const;
+    const plan = (change: object) => planOfApi(file, { ...limits, ...change });
+    const line = ({ choices }: Plan) => choices.find(({ name }) => name === "mtp layers");
+    const asked = plan({ speculation: 4 });
+    expect(asked.speculation).toMatchObject({ mtp: true, draftKey: "mtp", maxTokens: 4 });
+    expect(asked.memory.draftBytes).toBeGreaterThan(0);
+    expect(line(asked)).toMatchObject({ value: "1" });
+    expect(validatePlan(JSON.parse(JSON.stringify(asked)))).toEqual(asked);
+    // Of a mixture of experts auto guesses nothing before own runs showed a gain.
+    expect(line(plan({}))).toMatchObject({ value: "not used", reason: expect.stringMatching(/own run/) });
+    expect(line(plan({ speculation: "off" }))).toMatchObject({ value: "not used" });
+    expect(line(plan({ speculation: 4, draftPath: models.get("tiny-llama") }))).toMatchObject({
+      reason: expect.stringMatching(/draft model/),
+    });
+    const without = openModelFile(models.get("tiny-llama") ?? "");
+    expect(line(planOfApi(without, { ...limits, speculation: 4 }))).toBeUndefined();
   });
 });
 

@@ -16,15 +16,21 @@ function inScratch<Result>(work: (folder: string) => Promise<Result>): Promise<R
   return work(folder).finally(() => rmSync(folder, { recursive: true, force: true }));
 }
 
+const smallCase = {
+  typeName: "q4_0",
+  rowElements: 1024,
+  rowCount: 256,
+  tokens: 1,
+  experts: 0,
+  products: 100,
+  repacked: false,
+};
 const smallProducts = {
   threads: 2,
   pollPercent: 0,
   weightBytes: 2_097_152,
-  tensorBytes: 524_288,
-  rowElements: 1024,
-  batchTokens: 32,
-  batchRows: 64,
   durationNs: 0,
+  cases: [smallCase],
 };
 
 test("devices: the processor is one, and no streaming device", async () => {
@@ -42,22 +48,50 @@ test.each(["copy", "scan"])("%s: at least one pass", async (name) => {
   expect(chunk?.data).toEqual({ bytes: 8_388_608, ns: expect.any(Number), threadNs: expect.any(Number) });
 });
 
-test("products: every type of weights that there is, in the order that was asked", async () => {
+test("products: every type of weights that there is, plain and of experts, in the order that was asked", async () => {
   const types =
     "f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_K q3_K q4_K q5_K q6_K iq1_s iq2_xxs iq4_nl iq4_xs mxfp4".split(
       " ",
     );
-  const chunks = await answers("products", { ...smallProducts, types });
-  expect(chunks.map(({ name, data }) => [name, (data as { typeName: string }).typeName])).toEqual(
-    types.map((type) => ["product", type]),
-  );
-  for (const { data } of chunks) {
-    const { decodeBytes, decodeNs, decodePasses, prefillFlops, prefillNs } = data as Record<string, number>;
-    expect(decodeBytes).toBeGreaterThan(1_500_000);
-    expect(decodeBytes).toBeLessThanOrEqual(smallProducts.weightBytes);
-    expect([decodePasses, prefillFlops]).toEqual([1, 2 * 1024 * 64 * 32]);
-    expect(Math.min(decodeNs as number, prefillNs as number)).toBeGreaterThan(0);
+  const cases = types.flatMap((typeName) => [
+    { ...smallCase, typeName },
+    { ...smallCase, typeName, rowCount: 32, experts: 4 },
+    { ...smallCase, typeName, rowCount: 64, tokens: 32, products: 1 },
+  ]);
+  const chunks = await answers("products", { ...smallProducts, cases });
+  expect(chunks.map(({ name }) => name)).toEqual(cases.map(() => "product"));
+  for (const [index, { data }] of chunks.entries()) {
+    const { rowCount, tokens, experts } = cases[index] as typeof smallCase;
+    const { bytes, flops, products, ns, passes, isAbsent } = data as Record<string, number>;
+    expect(flops).toBe(2 * 1024 * rowCount * Math.max(1, experts) * tokens * (products as number));
+    expect(bytes).toBeLessThanOrEqual(smallProducts.weightBytes);
+    expect(bytes).toBeGreaterThan(products === 1 ? 0 : 1_000_000);
+    expect({ passes, isAbsent, isTimed: (ns as number) > 0 }).toEqual({
+      ...{ passes: 1, isAbsent: false, isTimed: true },
+    } as never);
   }
+});
+
+test("products: rearranged where llama.cpp has such a form, plain and of experts", async () => {
+  const cases = ["q4_0", "f16"].flatMap((typeName) => [
+    { ...smallCase, typeName, repacked: true },
+    { ...smallCase, typeName, repacked: true, rowCount: 32, experts: 4 },
+  ]);
+  const chunks = await answers("products", { ...smallProducts, cases });
+  const absent = chunks.map(({ data }) => (data as { isAbsent: boolean }).isAbsent);
+  // Every processor that is built for has a form of q4_0, and none has one of f16.
+  expect(absent).toEqual([false, false, true, true]);
+  const figures = chunks.map(({ data }) => data as { bytes: number; products: number });
+  expect((figures[1]?.bytes ?? 0) / (figures[1]?.products ?? 1)).toBe((1024 / 32) * 18 * 32 * 4);
+});
+
+test("steps: each kind of what a layer does beside its products", async () => {
+  const sizes = { width: 64, heads: 6, keyHeads: 2, parts: 4, steps: 3 };
+  const cases = ["attention", "mixing", "plain"].map((kind) => ({ kind, ...sizes }));
+  const chunks = await answers("steps", { threads: 2, pollPercent: 0, durationNs: 0, cases });
+  expect(chunks.map(({ name, data }) => [name, data])).toEqual(
+    cases.map(() => ["steps", { ns: expect.any(Number), passes: 1 }]),
+  );
 });
 
 test("scratch and reads: what was written is read, every place once", () =>
@@ -98,10 +132,22 @@ test.each([
   ["a count of none", "copy", { threads: 0, bufferBytes: 4096, durationNs: 1 }],
   ["a negative time", "copy", { threads: 1, bufferBytes: 4096, durationNs: -1 }],
   ["a fraction", "copy", { threads: 1.5, bufferBytes: 4096, durationNs: 1 }],
-  ["a type that ggml has not", "products", { ...smallProducts, types: ["q4_9"] }],
-  ["a type that weights have not", "products", { ...smallProducts, types: ["i32"] }],
-  ["a type for activations", "products", { ...smallProducts, types: ["q8_K"] }],
-  ["no types", "products", { ...smallProducts, types: [] }],
+  ["a type that ggml has not", "products", { ...smallProducts, cases: [{ ...smallCase, typeName: "q4_9" }] }],
+  [
+    "a type that weights have not",
+    "products",
+    { ...smallProducts, cases: [{ ...smallCase, typeName: "i32" }] },
+  ],
+  ["a type for activations", "products", { ...smallProducts, cases: [{ ...smallCase, typeName: "q8_K" }] }],
+  [
+    "a step that layers have not",
+    "steps",
+    {
+      ...{ threads: 1, pollPercent: 0, durationNs: 0 },
+      cases: [{ kind: "dancing", width: 64, heads: 1, keyHeads: 1, parts: 1, steps: 1 }],
+    },
+  ],
+  ["no products", "products", { ...smallProducts, cases: [] }],
   [
     "no files",
     "reads",
@@ -119,7 +165,7 @@ test("a failure is one sentence", () =>
     writeFileSync(path, "before");
     const body = { path, sizeBytes: 65_536, chunkBytes: 4096, durationNs: 1e9 };
     expect(answers("scratch", body)).rejects.toThrow(`cannot write ${path}: File exists`);
-    const fits = { ...smallProducts, types: ["f32"], batchRows: 10_000 };
+    const fits = { ...smallProducts, cases: [{ ...smallCase, typeName: "f32", rowCount: 10_000 }] };
     expect(answers("products", fits)).rejects.toThrow("do not fit its memory");
   }));
 

@@ -78,6 +78,7 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   ["src/plan-cost", []],
   ["src/plan-draft", []],
   ["src/plan-history", []],
+  ["src/plan-mtp", []],
   ["src/plan-json", []],
   ["src/plan-resident", []],
   ["src/plan-speculation", []],
@@ -88,6 +89,8 @@ const pureModules: ReadonlyMap<string, readonly string[]> = new Map([
   // A simplex is a pure function too.
   ["src/plan-place", ["yalps"]],
   ["src/text", []],
+  ["src/guesses", []],
+  ["src/streaming", []],
   ["src/errors", []],
   ["src/ollama-model", []],
   ["src/ollama-options", []],
@@ -166,7 +169,7 @@ function anyRule(path: string, text: string): readonly Found[] {
 
 // ---- native code --------------------------------------------------------------------------------------------
 
-const dataPlane = /^(platform|reader|neuron_cache|stream|measure|trace|replay)(_\w+)?\.(cpp|h|mm)$/;
+const dataPlane = /^(platform|reader|neuron_cache|stream|measure|trace|replay|guesser)(_\w+)?\.(cpp|h|mm)$/;
 const ggmlPublic = /^(ggml|ggml-(alloc|backend|cpu|cpp|cuda|metal)|gguf)\.h$/;
 const ggmlInternal = /^ggml-.*(impl|common|quants|threading).*\.h$/;
 
@@ -180,6 +183,9 @@ function mayInclude(file: string, name: string): boolean {
       ["engine.cpp", "products.cpp", "tasks.cpp"].includes(file) ||
       /^(backend|computer|predictor)\.(cpp|h)$/.test(file)
     );
+  }
+  if (name === "speculative.cpp") {
+    return file === "speculation.cpp"; // compiled as a part of it
   }
   if (name === "json.h") {
     return file === "engine.cpp" || file === "tasks.cpp";

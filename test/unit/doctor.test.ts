@@ -3,7 +3,7 @@
 import { describe, expect, test } from "bun:test";
 import { adviceFor, type Findings } from "../../src/doctor";
 import { compiledIn } from "../../src/engine";
-import type { Machine } from "../../src/machine";
+import { type Machine, profileVersion } from "../../src/machine";
 
 const storage = {
   volume: "/dev/nvme0n1 on / (ext4)",
@@ -20,12 +20,13 @@ const machine: Machine = {
   memory: { totalBytes: 32e9, availableBytes: 20e9, limitedBy: null },
   devices: [],
   profile: {
-    version: 1,
+    version: profileVersion,
     fingerprint: "",
     measuredAt: "2026-01-01T00:00:00Z",
     cpuModel: "",
     computeThreads: 8,
     copyBytesPerSecond: 1e10,
+    steps: { attention: 1e-10, mixing: 1e-9, plain: 1e-9 },
     products: [],
     storage: [storage],
   },

@@ -62,6 +62,8 @@ function fakeNative(
     readonly gpu?: boolean;
     /** Seconds for the products of each round; 1 where there is none. */
     readonly productSeconds?: readonly number[];
+    /** Seconds for the reads of each task of that name. */
+    readonly readSeconds?: readonly number[];
   } = {},
 ): TaskRunner {
   const gpu = {
@@ -83,11 +85,18 @@ function fakeNative(
       case "copy":
         yield { data: { bytes: 20e9, ns: 1e9 } };
         return;
+      case "steps":
+        for (const _ of (body as { cases: readonly unknown[] }).cases) {
+          yield { data: { ns: 1e6 * asked.filter((one) => one === "steps").length, passes: 1 } };
+        }
+        return;
       case "products": {
         const round = asked.filter((one) => one === "products").length - 1;
         const ns = (answers.productSeconds?.[round] ?? 1) * 1e9;
-        for (const typeName of (body as { types: readonly string[] }).types) {
-          yield { data: { typeName, decodeBytes: 30e9, decodeNs: ns, prefillFlops: 2e11, prefillNs: ns } };
+        for (const one of (body as { cases: readonly { typeName: string; repacked: boolean }[] }).cases) {
+          const isAbsent = one.repacked && one.typeName !== "q4_0";
+          const figures = { bytes: 30e9, flops: 2e11, ns, products: 1, passes: 1 };
+          yield { data: isAbsent ? { bytes: 0, flops: 0, ns: 0, isAbsent } : { ...figures, isAbsent } };
         }
         return;
       }
@@ -101,7 +110,8 @@ function fakeNative(
         for (const { readBytes, depth, direct } of (body as { cells: readonly Cell[] }).cells) {
           const bytes = Math.min(3e9, readBytes * depth * 1000);
           const isDirect = direct && answers.isDirect !== false;
-          const times = { ns: 1e9, p50Ns: 1e5, p99Ns: 2e5 };
+          const turn = asked.filter((one) => one === "reads").length - 1;
+          const times = { ns: (answers.readSeconds?.[turn] ?? 1) * 1e9, p50Ns: 1e5, p99Ns: 2e5 };
           yield {
             data: {
               readCount: 9,
@@ -121,7 +131,23 @@ function fakeNative(
   };
 }
 
-const everything = ["copy", "products", "products", "products", "scratch", "reads", "reads", "reads"];
+const everything = [
+  ...[
+    "copy",
+    "steps",
+    "steps",
+    "steps",
+    "steps",
+    "steps",
+    "products",
+    "products",
+    "products",
+    "products",
+    "products",
+    "scratch",
+  ],
+  ...["reads", "reads", "reads", "reads", "reads", "reads"],
+];
 
 function options(asked: string[], notes: string[], more: Partial<LoadOptions> = {}): LoadOptions {
   return {
@@ -147,12 +173,29 @@ describe("the profile", () => {
 
   test("takes each product's best round, because other programs can only slow it down", async () => {
     const asked: string[] = [];
-    const run = fakeNative(asked, { productSeconds: [4, 1.5, 2] });
+    const run = fakeNative(asked, { productSeconds: [4, 1.5, 2, 2, 2] });
     const { profile } = await loadMachine(options(asked, [], { run }));
-    expect(profile?.products.length).toBe(8);
+    expect(profile?.steps.mixing).toBe(1e-3 / (2048 * 8 * 32));
+    expect(profile?.steps.plain).toBe(1e-3 / (2048 * 128 * 2));
+    expect(profile?.products.length).toBe(17);
     for (const product of profile?.products ?? []) {
-      expect(product).toMatchObject({ decodeBytesPerSecond: 20e9, prefillFlopsPerSecond: 133333333333 });
+      const rows = { decodeBytesPerSecond: 20e9, shortRowBytesPerSecond: 20e9 };
+      const all = { ...rows, prefillFlopsPerSecond: 133333333333 };
+      const repacked = product.typeName === "q4_0" ? { ...all, experts: rows } : null;
+      expect(product).toEqual({ typeName: product.typeName, ...all, repacked });
     }
+  });
+
+  test("takes each read's best round, and of the best setting's too", async () => {
+    const asked: string[] = [];
+    // A probe and the grid, twice, and the best setting twice.
+    const run = fakeNative(asked, { readSeconds: [1, 4, 1, 2, 3, 1.5] });
+    const { profile } = await loadMachine(options(asked, [], { run }));
+    const [storage] = profile?.storage ?? [];
+    expect(storage?.bestBytesPerSecond).toBe(2e9);
+    expect(storage?.reads.find((one) => one.readBytes === 4_194_304 && one.depth === 1)).toMatchObject({
+      bytesPerSecond: 1.5e9,
+    });
   });
 
   test("holds for this process also where it cannot be kept", async () => {
@@ -161,7 +204,7 @@ describe("the profile", () => {
     try {
       const notes: string[] = [];
       const { profile } = await loadMachine(options([], notes));
-      expect(profile?.products.length).toBe(8);
+      expect(profile?.products.length).toBe(17);
       expect(notes.join()).toContain("the figures are not kept");
     } finally {
       process.env["HYPURA_HOME"] = before;
@@ -232,7 +275,7 @@ describe("the profile", () => {
     ["empty", () => ""],
     ["cut off", (text: string) => text.slice(0, text.length / 2)],
     ["no profile", () => '{"version":1}'],
-    ["of another version", (text: string) => text.replace('"version": 1', '"version": 9')],
+    ["of another version", (text: string) => text.replace(/"version": \d/, '"version": 9')],
     ["of another machine", (text: string) => text.replace("cores=", "cores=9")],
     ["with a figure that is none", (text: string) => text.replace('"depth": 1', '"depth": null')],
   ])("that is %s is measured again with a note", async (_, damage) => {
@@ -261,7 +304,7 @@ describe("the profile", () => {
     expect((await loadMachine(options([], [], { measure: "cached" }))).profile?.storage).toEqual([]);
     const asked: string[] = [];
     const { profile } = await loadMachine(options(asked, []));
-    expect(asked).toEqual(["scratch", "reads", "reads", "reads"]);
+    expect(asked).toEqual(everything.slice(everything.indexOf("scratch")));
     expect(profile?.storage.length).toBe(1);
     expect(JSON.parse(readFileSync(path, "utf8")).storage.length).toBe(2);
   });

@@ -9,6 +9,7 @@ import {
   mountOf,
   parseCpuList,
   peakMemoryBytes,
+  profileVersion,
   readMachine,
   readProcessor,
   validateMachine,
@@ -80,6 +81,8 @@ test("this machine has cores, memory, a processor and a volume", () => {
   expect(() => volumeOf("/no/such/thing")).toThrow("/no/such/thing cannot be found");
 });
 
+const rows = { decodeBytesPerSecond: 90e9, shortRowBytesPerSecond: 60e9 };
+
 const sound = {
   computeCores: 8,
   hasDirectLoad: false,
@@ -95,13 +98,22 @@ const sound = {
     },
   ],
   profile: {
-    version: 1,
+    version: profileVersion,
     fingerprint: "processor=Apple M1 Max",
     measuredAt: "2026-01-02T03:04:05.000Z",
     cpuModel: "Apple M1 Max",
     computeThreads: 8,
     copyBytesPerSecond: 60e9,
-    products: [{ typeName: "q4_K", decodeBytesPerSecond: 90e9, prefillFlopsPerSecond: 1e12 }],
+    steps: { attention: 1e-10, mixing: 1e-9, plain: 1e-9 },
+    products: [
+      {
+        typeName: "q4_K",
+        ...rows,
+        prefillFlopsPerSecond: 1e12,
+        repacked: { ...rows, prefillFlopsPerSecond: 2e12, experts: rows },
+      },
+      { typeName: "f16", ...rows, prefillFlopsPerSecond: 1e12, repacked: null },
+    ],
     storage: [
       {
         volume: "/dev/disk3s5 on /",
@@ -143,12 +155,20 @@ describe("a machine from a file", () => {
     ["devices.0.type", "npu", "devices[0].type must be one of cpu, gpu, igpu, accel"],
     ["devices.0.isUnified", undefined, "lacks the field devices[0].isUnified"],
     ["profile", undefined, "lacks the field profile"],
-    ["profile.version", 2, "profile.version must be 1"],
+    ["profile.version", 1, "profile.version must be 2"],
     ["profile.measuredAt", "yesterday", 'profile.measuredAt must be a date, and is "yesterday"'],
     ["profile.copyBytesPerSecond", 0, "profile.copyBytesPerSecond must be a number above 0"],
     ["profile.copyBytesPerSecond", null, "profile.copyBytesPerSecond must be a number above 0, and is null"],
     ["profile.products.0.typeName", 3, "profile.products[0].typeName must be a text"],
     ["profile.products.0.prefillFlopsPerSecond", -1, "profile.products[0].prefillFlopsPerSecond must be"],
+    ["profile.steps", undefined, "lacks the field profile.steps"],
+    ["profile.steps.mixing", 0, "profile.steps.mixing must be a number above 0"],
+    ["profile.products.1.repacked", undefined, "lacks the field profile.products[1].repacked"],
+    [
+      "profile.products.0.repacked.experts.shortRowBytesPerSecond",
+      0,
+      "profile.products[0].repacked.experts.shortRowBytesPerSecond must be a number above 0",
+    ],
     ["profile.storage.0.reads.0.depth", 0, "profile.storage[0].reads[0].depth must be a whole number from 1"],
     [
       "profile.storage.0.reads.0.latencySeconds",

@@ -141,6 +141,103 @@ describe("seconds of a token", () => {
   });
 });
 
+describe("rows", () => {
+  const machine = machineOf(machines["ci-24g"]);
+  type Product = NonNullable<Machine["profile"]>["products"][number];
+  const withProducts = (change: (one: Product) => Partial<Product>): Machine =>
+    machine.profile === null
+      ? machine
+      : {
+          ...machine,
+          profile: {
+            ...machine.profile,
+            products: machine.profile.products.map((one) => ({ ...one, ...change(one) })),
+          },
+        };
+  const q8 = (rowElements: number, rowCount: number, form: "plain" | "repacked" | "experts" = "plain") => ({
+    bytes: (rowElements * rowCount * 34) / 32,
+    elements: rowElements * rowCount,
+    ...{ rowElements, form },
+  });
+
+  test("of the measured lengths take what was measured, others lie on the line through the two", () => {
+    const slow = withProducts(() => ({ decodeBytesPerSecond: 8e9, shortRowBytesPerSecond: 2e9 }));
+    const speeds = speedsOf(shapeModel("llama-8b"), slow, machine.computeCores);
+    const seconds = (rowElements: number): number =>
+      speeds?.productSeconds("q8_0", q8(rowElements, 1000)) ?? 0;
+    expect(seconds(512)).toBeCloseTo((512_000 * 34) / 32 / 2e9, 9);
+    expect(seconds(4096)).toBeCloseTo((4_096_000 * 34) / 32 / 8e9, 9);
+    expect(seconds(2304)).toBeCloseTo((seconds(512) + seconds(4096)) / 2, 9);
+    expect(seconds(256)).toBeLessThan(seconds(512));
+    expect(seconds(256)).toBeGreaterThan(seconds(512) / 2);
+  });
+
+  test("that were found faster than long ones cost what long ones do", () => {
+    const noisy = withProducts(() => ({ decodeBytesPerSecond: 2e9, shortRowBytesPerSecond: 8e9 }));
+    const speeds = speedsOf(shapeModel("llama-8b"), noisy, machine.computeCores);
+    for (const rowElements of [256, 512, 1024, 14_336]) {
+      const matrix = q8(rowElements, 100);
+      expect(speeds?.productSeconds("q8_0", matrix)).toBeCloseTo(matrix.bytes / 2e9, 12);
+    }
+  });
+
+  test("rearranged count where the plan rearranges and the type can be", () => {
+    const fast = { decodeBytesPerSecond: 90e9, shortRowBytesPerSecond: 90e9 };
+    const experts = { decodeBytesPerSecond: 180e9, shortRowBytesPerSecond: 180e9 };
+    const repacked = { ...fast, prefillFlopsPerSecond: 1e13, experts };
+    const changed = withProducts(({ typeName }) => ({ repacked: typeName === "q8_0" ? repacked : null }));
+    const speeds = speedsOf(shapeModel("llama-8b"), changed, machine.computeCores);
+    const seconds = (typeName: string, form: "plain" | "repacked" | "experts"): number =>
+      speeds?.productSeconds(typeName, q8(1024, 1000, form)) ?? 0;
+    expect(seconds("q8_0", "plain")).toBeCloseTo(10 * seconds("q8_0", "repacked"), 9);
+    expect(seconds("q8_0", "repacked")).toBeCloseTo(2 * seconds("q8_0", "experts"), 9);
+    expect(seconds("q4_0", "repacked")).toBe(seconds("q4_0", "plain"));
+
+    const every = withProducts(() => ({ repacked }));
+    const resident = plan("llama-8b", every);
+    expect(resident.repack).toBe(true);
+    const rate = (made: Plan): number => made.estimate.decodeTokensPerSecond ?? 0;
+    expect(rate(resident)).toBeGreaterThan(5 * rate(plan("llama-8b", machine)));
+    expect(resident.estimate.prefillTokensPerSecond).toBeGreaterThan(
+      5 * (plan("llama-8b", machine).estimate.prefillTokensPerSecond ?? 0),
+    );
+    // What streams is computed as it lies in the file.
+    const limits = { mode: "stream" } as const;
+    expect(rate(plan("llama-8b", every, limits))).toBe(rate(plan("llama-8b", machine, limits)));
+  });
+});
+
+describe("steps beside the products", () => {
+  const slowSteps = (steps: Partial<NonNullable<Machine["profile"]>["steps"]>): Machine => {
+    const machine = machineOf(machines["ci-24g"]);
+    return machine.profile === null
+      ? machine
+      : { ...machine, profile: { ...machine.profile, steps: { ...machine.profile.steps, ...steps } } };
+  };
+  const more = (name: Parameters<typeof shapeModel>[0], machine: Machine): number => {
+    const seconds = (on: Machine): number => plan(name, on).estimate.modelSeconds ?? 0;
+    return seconds(machine) - seconds(machineOf(machines["ci-24g"]));
+  };
+
+  test("attention over 256 positions counts where it takes longer than reading them", () => {
+    const { headCount, keyLength, layerCount } = shapeModel("llama-8b");
+    const elements = headCount * keyLength * layerCount * 256;
+    const reading = (256 * 131_072) / 9e9;
+    expect(more("llama-8b", slowSteps({ attention: 1e-9 }))).toBeCloseTo(elements * 1e-9 - reading, 6);
+    expect(more("llama-8b", slowSteps({ attention: reading / elements / 2 }))).toBeCloseTo(0, 9);
+  });
+
+  test("experts' answers are mixed in mixtures alone, rows are normed and added in all", () => {
+    expect(more("llama-8b", slowSteps({ mixing: 1e-6 }))).toBe(0);
+    const { embeddingLength, layerCount } = shapeModel("llama-8b");
+    const rows = layerCount * 10 * embeddingLength;
+    expect(more("llama-8b", slowSteps({ plain: 1e-9 }))).toBeCloseTo(rows * 1e-9, 6);
+    const facts = shapeModel("qwen3-30b");
+    const answers = facts.layerCount * facts.expertUsedCount * facts.embeddingLength;
+    expect(more("qwen3-30b", slowSteps({ mixing: 1e-9 }))).toBeCloseTo(answers * 1e-9, 6);
+  });
+});
+
 test("nothing measured: no number, and what to do", () => {
   for (const name of ["llama-8b", "llama-70b", "qwen3-30b"] as const) {
     const made = plan(name, {

@@ -3,7 +3,7 @@
 
 import { truncateSync, writeFileSync } from "node:fs";
 import { parseGguf } from "../../src/gguf";
-import type { Device, Machine, MachineProfile } from "../../src/machine";
+import { type Device, type Machine, type MachineProfile, profileVersion } from "../../src/machine";
 import { describeModel, type Model } from "../../src/model";
 import {
   type GgufSpec,
@@ -285,15 +285,19 @@ export function profileOf(spec: MachineSpec): MachineProfile {
     latencySeconds: { p50: 1e-4, p99: 1e-3 },
   });
   return {
-    version: 1,
+    version: profileVersion,
     fingerprint: `cores=${spec.cores}; total=${spec.totalBytes}`,
     measuredAt: "2026-11-01T00:00:00.000Z",
     cpuModel: "as a value",
     computeThreads: spec.cores,
     copyBytesPerSecond: spec.decodeBytesPerSecond,
+    // So little that figures worked out by hand need not contain them.
+    steps: { attention: 1e-18, mixing: 1e-18, plain: 1e-18 },
     products: typesMeasured.map((typeName) => ({
       typeName,
       decodeBytesPerSecond: spec.decodeBytesPerSecond,
+      shortRowBytesPerSecond: spec.decodeBytesPerSecond,
+      repacked: null,
       prefillFlopsPerSecond: spec.prefillFlopsPerSecond,
     })),
     storage: [

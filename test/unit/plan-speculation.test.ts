@@ -34,14 +34,24 @@ function speeds(seconds: number): Speeds {
 }
 
 function choose(change: Partial<SpeculationFacts>, limits: Partial<PlanLimits> = {}, batchTokens = 512) {
-  const usual = { model: dense, placement: streamed, speeds: null, experience: null, draft: null };
+  const usual = {
+    model: dense,
+    placement: streamed,
+    speeds: null,
+    experience: null,
+    draft: null,
+    mtp: false,
+  };
   const facts = { ...usual, ...change };
   return chooseSpeculation({ ...facts, limits: { ...noLimits, ...limits } }, batchTokens).speculation;
 }
 
 describe("guesses", () => {
   test("auto guesses for a dense model that streams, and for no other", () => {
-    expect(choose({})).toMatchObject({ maxTokens: 7, fromContext: true, matchTokens: 1, longMatchTokens: 3 });
+    expect(choose({})).toMatchObject({
+      maxTokens: 7,
+      context: { leastMatchTokens: 1, mostCarries: 3 },
+    });
     expect(choose({ model: experts })).toBeNull();
     expect(choose({ placement: resident })).toBeNull();
     expect(choose({ model: recurrent })).toBeNull();
@@ -154,6 +164,10 @@ describe("a draft model", () => {
   });
 
   test("guesses beside the context", () => {
-    expect(choose({ draft })).toMatchObject({ draftPath: "/d.gguf", fromContext: true, maxTokens: 7 });
+    expect(choose({ draft })).toMatchObject({
+      draftPath: "/d.gguf",
+      context: { leastMatchTokens: 3, mostCarries: 0 },
+      maxTokens: 7,
+    });
   });
 });

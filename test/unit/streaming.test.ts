@@ -1,6 +1,7 @@
 // What streaming did, as figures: differences, sums by layer, and the honest line.
 
 import { describe, expect, test } from "bun:test";
+import { guessesSince, guessesText, guessSummary } from "../../src/guesses";
 import type { Plan } from "../../src/plan";
 import {
   countersSince,
@@ -86,19 +87,31 @@ describe("counters", () => {
   test("the line gives the bound that the disk sets", () => {
     const one = counters({ hits: 6, lateHits: 1, misses: 3, stallNs: 5e8, readBytes: 4e9, readingNs: 2e9 });
     expect(shareOf(one)).toMatchObject({ hitRate: 0.6, lateHitRate: 0.1, missRate: 0.3 });
-    const text = streamingText(one, { tokens: 2, seconds: 4, drafted: 0, accepted: 0, sources: "" }, 8e9);
+    const text = streamingText(one, { tokens: 2, seconds: 4 }, 8e9);
     expect(text).toContain("read 2.00 GB a token of 8.00 GB");
     expect(text).toContain("75.0 % less");
     expect(text).toContain("waited 12.5 % of the time");
     expect(text).toContain("bound 1.00 tok/s at the 2.00 GB/s");
     expect(text).not.toContain("guesses");
-    const guessed = streamingText(
-      { ...one, passes: 4 },
-      { tokens: 8, seconds: 4, drafted: 7, accepted: 4, sources: "the context" },
-      8e9,
+  });
+
+  test("guesses are told by their source, with the bound with them and without", () => {
+    const none = { drafted: 0, accepted: 0 };
+    const before = { context: { drafted: 3, accepted: 3 }, draft: none, mtp: none };
+    const after = { context: { drafted: 10, accepted: 7 }, draft: none, mtp: none };
+    const streaming = counters({ passes: 4, readBytes: 4e9, readingNs: 2e9 });
+    const one = guessSummary(guessesSince(before, after), 8, streaming);
+    expect(one).toMatchObject({ passes: 4, tokensPerPass: 2, drafted: 7, accepted: 4 });
+    expect(one.bound).toEqual({ tokensPerSecond: 4, tokensPerSecondWithout: 2 });
+    expect(guessesText(one)).toBe(
+      "4 passes of 2.00 tokens, 4 of 7 guesses from the context right, bound without guesses 2.00 tok/s",
     );
-    expect(guessed).toContain("4 passes of 2.00 tokens, 4 of 7 guesses from the context right");
-    expect(guessed).toContain("bound 4.00 tok/s");
-    expect(guessed).toContain("bound without guesses 2.00 tok/s");
+    const both = { context: { drafted: 5, accepted: 3 }, draft: { drafted: 2, accepted: 1 }, mtp: none };
+    expect(guessesText(guessSummary(both, 8, null))).toBe(
+      "4 passes of 2.00 tokens, 4 of 7 guesses right (the context 3 of 5, the draft model 1 of 2)",
+    );
+    expect(guessesText(guessSummary({ context: none, draft: none, mtp: none }, 8, null))).toBe(
+      "8 passes of 1.00 tokens, nothing was guessed",
+    );
   });
 });
