@@ -246,6 +246,8 @@ export interface CostFacts {
   readonly kvBytesPerToken: number;
   /** Whether llama.cpp rearranges the weights that it can. */
   readonly repack: boolean;
+  /** Of the missing experts, those that are read before they are asked for. */
+  readonly earlyShare: number;
 }
 
 /** Bytes of weights that one token of decoding takes from each tier. */
@@ -366,20 +368,22 @@ function streamsOf(facts: CostFacts, speeds: Speeds): Streams {
 
 /**
  * Expected seconds of one layer's experts: each is missing with the same chance, the missing ones are read at once
- * while the others are computed, and the last product waits for the last read.
+ * while the others are computed, and the last product waits for the last read. What is read early is not missing: its
+ * time is the disk's, and a token takes no less than all that it reads.
  */
 function expertSeconds(layer: ExpertLayer, facts: CostFacts, storage: StorageSpeed): number {
-  const miss = 1 - layer.hitRate;
+  const miss = (1 - layer.hitRate) * (1 - facts.earlyShare);
+  const there = 1 - miss;
   const all = layer.used * layer.secondsEach;
-  let chance = layer.hitRate ** layer.used; // of no miss
+  let chance = there ** layer.used; // of no miss
   let expected = chance * all;
   for (let missing = 1; missing <= layer.used; missing++) {
     chance =
-      layer.hitRate === 0
+      there === 0
         ? missing === layer.used
           ? 1
           : 0
-        : (chance * miss * (layer.used - missing + 1)) / (layer.hitRate * missing);
+        : (chance * miss * (layer.used - missing + 1)) / (there * missing);
     const read = readSeconds(storage, facts.reader, {
       strideBytes: layer.bytesEach / layer.tensorCount,
       count: missing * layer.tensorCount,

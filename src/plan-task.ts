@@ -30,6 +30,7 @@ import {
   type Use,
 } from "./plan-memory";
 import { groupsOf, leastPoolBytes } from "./plan-place";
+import { earlyShareOf } from "./plan-prediction";
 import type { Draft, SpeculationFacts } from "./plan-speculation";
 import { bandwidthText, bytesText, countText } from "./text";
 
@@ -90,6 +91,7 @@ export interface Task {
   readonly speeds: Speeds | null;
   readonly curve: HitCurve;
   readonly reader: ReaderShape & { readonly reason: string };
+  readonly earlyShare: number;
   /** Its bytes are out of the budget already. */
   readonly draft: Draft | null;
   /** Of a context for the model's own MTP layers; 0: they do not guess. */
@@ -118,6 +120,7 @@ export function taskOf(
     speeds: speedsOf(model, machine, threads),
     curve: knowledge.hitCurve ?? hitCurveOf(model, knowledge.history ?? []) ?? publishedHitCurve,
     reader: readerOf(model, machine, budget),
+    earlyShare: earlyShareOf(model),
     draft: null,
     mtpBytes: 0,
   };
@@ -369,6 +372,7 @@ export function factsOf(task: Task, placement: Placement, ubatchTokens: number, 
     reader,
     ubatchTokens,
     repack,
+    earlyShare: task.earlyShare,
     kvBytesPerToken: onGpu ? 0 : kvBytesPerToken(model, { keyType: kvType, valueType: kvType }),
   };
 }

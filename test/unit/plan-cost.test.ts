@@ -110,7 +110,7 @@ describe("seconds of a token", () => {
     const { tokenBytes, decodeTokensPerSecond: rate, bound } = made.estimate;
     const reading = tokenBytes.read / 2.2e9;
     const computing = tokenBytes.touched / 25e9;
-    expect(1 / (rate ?? 0)).toBeGreaterThan(Math.max(reading, computing));
+    expect(1 / (rate ?? 0)).toBeGreaterThanOrEqual(Math.max(reading, computing) * 0.999_999);
     // Depth-limited reads of a layer or two may be slower than the best, but not by half.
     expect(1 / (rate ?? 0)).toBeLessThan(1.6 * (reading + computing));
     expect(bound?.tokensPerSecond).toBeCloseTo(1 / reading, 1);

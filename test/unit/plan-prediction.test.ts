@@ -7,7 +7,7 @@ import { join } from "node:path";
 import type { Model } from "../../src/model";
 import { openModelFile } from "../../src/modelfile";
 import type { SlotClass, Streaming } from "../../src/plan";
-import { choosePrediction, predictionBytes, predictionOf } from "../../src/plan-prediction";
+import { choosePrediction, earlyShareOf, predictionBytes, predictionOf } from "../../src/plan-prediction";
 import { makeFixture } from "../fixtures";
 
 const folder = mkdtempSync(join(tmpdir(), "hypura-prediction-"));
@@ -75,6 +75,12 @@ describe("prediction", () => {
     expect(choosePrediction(model, streamed, pool(all - 1)).prediction).not.toBeNull();
     expect(choosePrediction(model, streamed, pool(4 * ofLayer)).prediction).not.toBeNull();
     expect(choosePrediction(model, streamed, pool(4 * ofLayer - 1)).choice?.reason).toContain("little more");
+  });
+
+  test("only where routers can be asked early is less waited for", async () => {
+    expect(earlyShareOf(await modelOf("tiny-qwen3moe"))).toBeWithin(0.5, 1);
+    expect(earlyShareOf(await modelOf("tiny-gpt-oss"))).toBe(0);
+    expect(earlyShareOf(await modelOf("tiny-llama"))).toBe(0);
   });
 
   test("the copies are half of the routers", async () => {
