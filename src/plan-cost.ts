@@ -400,6 +400,12 @@ function expertSeconds(layer: ExpertLayer, facts: CostFacts, storage: StorageSpe
  */
 const plainOperations = { layer: 10, router: 6 } as const;
 
+/**
+ * From the end of a pass to the begin of the next one: sampling, the event of the token, llama.cpp's building of the batch.
+ * SmolLM2's tokens take so much longer than its passes (test/bench/NOTES.md); only models of 100 tokens a second feel it.
+ */
+export const betweenPassesSeconds = 0.6e-3;
+
 /** What a token costs beside products with weights. */
 function stepsSeconds(
   { model, kvBytesPerToken, placement }: CostFacts,
@@ -423,7 +429,7 @@ function stepsSeconds(
 export function secondsOfToken(facts: CostFacts, speeds: Speeds): Seconds | null {
   const { model, placement } = facts;
   const { storage } = speeds;
-  let serial = stepsSeconds(facts, speeds);
+  let serial = betweenPassesSeconds + stepsSeconds(facts, speeds);
   const streamed = new Set(placement.classes.flatMap((one) => one.sets.map((set) => set.tensorIndex)));
   for (const tensor of model.tensors) {
     if (placement.tiers[tensor.index] !== "gpu" && !streamed.has(tensor.index)) {

@@ -135,14 +135,14 @@ async function casesOf(): Promise<readonly Case[]> {
   const moe = wants("moe") ? await ensureModel(flags.moe, "moe-6g") : "";
   const dense = wants("dense") ? await ensureModel(flags.dense, "dense-6g") : "";
   const resident: readonly Case[] =
-    small === null ? [] : [{ name: "smollm2", path: small, memoryBytes: null, warmTokens: 16, tokens: 128 }];
+    small === null ? [] : [{ name: "smollm2", path: small, memoryBytes: null, warmTokens: 128, tokens: 384 }];
   return [
     ...resident,
     { name: "moe-1.2g", path: moe, memoryBytes: 1.2 * gigabyte, warmTokens: 48, tokens: 48 },
     { name: "moe-2g", path: moe, memoryBytes: 2 * gigabyte, warmTokens: 64, tokens: 64 },
     { name: "moe-3.5g", path: moe, memoryBytes: 3.5 * gigabyte, warmTokens: 96, tokens: 64 },
     { name: "moe-resident", path: moe, memoryBytes: null, warmTokens: 16, tokens: 64 },
-    { name: "dense-2.1g", path: dense, memoryBytes: 2.1 * gigabyte, warmTokens: 4, tokens: 8 },
+    { name: "dense-2.1g", path: dense, memoryBytes: 2.1 * gigabyte, warmTokens: 4, tokens: 10 },
     { name: "dense-4g", path: dense, memoryBytes: 4 * gigabyte, warmTokens: 4, tokens: 10 },
   ].filter((one) => flags.only === undefined || one.name === flags.only);
 }
