@@ -30,6 +30,10 @@ const usualPassTokens = 8;
 const mostTokens = 15;
 /** A pass with guesses may take so much longer than one without (the bar of a pass of eight tokens). */
 const flatness = 1.1;
+/** Computing of no more than this share of the reading hides behind it: readers and their system calls want the cores too. */
+const hiddenShare = 0.75;
+/** A pass that has room for one guess alone is at the edge of what it hides (test/bench/NOTES.md, SmolLM2). */
+const leastGuesses = 2;
 /** What own runs have to show before they are believed: the same run twice differs by as much. */
 const worthwhile = 1.03;
 /**
@@ -94,7 +98,7 @@ export function chooseSpeculation(facts: SpeculationFacts, batchTokens: number):
   }
   const slotCount = limits.slotCount ?? 1;
   const depth = Math.min(room, flatTokens(facts));
-  if (depth >= 1) {
+  if (slotCount * depth >= leastGuesses) {
     const tokens = countText(slotCount * (depth + 1));
     return on(facts, depth, `a pass of ${tokens} tokens reads what a pass of one reads`);
   }
@@ -179,7 +183,7 @@ function flatTokens({ model, placement, speeds, limits }: SpeculationFacts): num
   }
   const readSeconds = readBytes(placement) / speeds.storage.bestBytesPerSecond;
   const passSeconds = (guesses: number): number =>
-    Math.max(readSeconds, computeSeconds(model, speeds, slotCount * (1 + guesses)));
+    Math.max(readSeconds, computeSeconds(model, speeds, slotCount * (1 + guesses)) / hiddenShare);
   let depth = 0;
   while (depth < mostTokens && passSeconds(depth + 1) <= flatness * passSeconds(0)) {
     depth++;

@@ -58,7 +58,8 @@ describe("guesses", () => {
   });
 
   test("as many as a pass takes without getting longer, by what was measured", () => {
-    expect(choose({ speeds: speeds(0.2) })?.maxTokens).toBe(4); // 5 tokens compute in the second of the reads
+    expect(choose({ speeds: speeds(0.2) })?.maxTokens).toBe(3); // 4 tokens compute in about 3/4 of the second of the reads
+    expect(choose({ speeds: speeds(0.3) })).toBeNull(); // one guess alone would fit
     expect(choose({ speeds: speeds(0.01) })?.maxTokens).toBe(15);
     expect(choose({ speeds: speeds(2) })).toBeNull();
   });
