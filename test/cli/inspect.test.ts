@@ -76,7 +76,7 @@ describe("the page", () => {
 
 test("draws the tiers, and says what to expect of streamed experts and what limits them", () => {
   const page = inspectText(openModelFile(hollow.mixtral), noLimits, placeOn("m1-max-32g"), text);
-  expect(page).toMatch(/gpu +█\S+ +2\.\d+ GB of 21\.5 GB that it may have\n +attention 932 MB/);
+  expect(page).toMatch(/gpu +█\S+ +1\.\d+ GB of 21\.5 GB that it may have\n +attention 932 MB/);
   expect(page).toMatch(
     /ram +█\S+ +2\d\.\d GB of 27\.2 GB that it may have\n +pool for what streams 2\d\.\d GB/,
   );
