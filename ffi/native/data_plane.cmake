@@ -1,6 +1,6 @@
-# The data plane (platform, reader, neuron cache, stream, and what measures them; the guesser, as pure) as a static library without llama.cpp. Included by the
-# library's own build and by the project of its tests; HYPURA_SANITIZE is empty, "address,undefined", "thread" or a
-# list for -fsanitize=.
+# The data plane (platform, reader, neuron cache, stream, and what measures them), and the guesser, which is as pure, as a
+# static library without llama.cpp. Included by the library's own build and by the project of its tests; HYPURA_SANITIZE
+# is empty, "address,undefined", "thread" or a list for -fsanitize=.
 find_package(Threads REQUIRED)
 if(APPLE)
     set(HYPURA_PLATFORM_SOURCE ${CMAKE_CURRENT_LIST_DIR}/platform_darwin.cpp)

@@ -226,6 +226,23 @@ ProductCase parse_product(const common_json & json) {
     return one;
 }
 
+// Measures one case after the other, and tells of each, until nobody wants more.
+template <typename Figures, typename Case, typename Run, typename Tell>
+void measure_each(TaskEvents & events, const std::vector<Case> & cases, Run run, Tell tell) {
+    const std::function<bool()> stop = [&events] { return events.stopped(); };
+    std::string error;
+    for (const Case & one : cases) {
+        Figures figures;
+        if (!run(one, stop, &figures, &error)) {
+            throw TaskError(error);
+        }
+        if (events.stopped()) {
+            return;
+        }
+        tell(figures);
+    }
+}
+
 TaskBody products_task(const common_json & json) {
     const ProductsSpec spec{
         small(json, "threads", some_threads),
@@ -244,14 +261,8 @@ TaskBody products_task(const common_json & json) {
         if (!measure.open(spec, &error)) {
             throw TaskError(error);
         }
-        for (const ProductCase & one : cases) {
-            ProductFigures figures;
-            if (!measure.run(one, [&] { return events.stopped(); }, &figures, &error)) {
-                throw TaskError(error);
-            }
-            if (events.stopped()) {
-                return;
-            }
+        const auto run = [&](const auto &... all) { return measure.run(all...); };
+        measure_each<ProductFigures>(events, cases, run, [&](const ProductFigures & figures) {
             events.data(Object()
                             .add("bytes", figures.bytes)
                             .add("flops", figures.flops)
@@ -261,7 +272,7 @@ TaskBody products_task(const common_json & json) {
                             .add("isAbsent", truth(figures.is_absent))
                             .done(),
                         "product");
-        }
+        });
     };
 }
 
@@ -301,16 +312,10 @@ TaskBody steps_task(const common_json & json) {
         if (!measure.open(spec, &error)) {
             throw TaskError(error);
         }
-        for (const StepCase & one : cases) {
-            StepFigures figures;
-            if (!measure.run_steps(one, [&] { return events.stopped(); }, &figures, &error)) {
-                throw TaskError(error);
-            }
-            if (events.stopped()) {
-                return;
-            }
+        const auto run = [&](const auto &... all) { return measure.run_steps(all...); };
+        measure_each<StepFigures>(events, cases, run, [&](const StepFigures & figures) {
             events.data(Object().add("ns", figures.ns).add("passes", figures.passes).done(), "steps");
-        }
+        });
     };
 }
 
@@ -353,16 +358,10 @@ TaskBody reads_task(const common_json & json) {
         if (!measure.open(options, &error)) {
             throw TaskError(error);
         }
-        for (const ReadCell & cell : cells) {
-            ReadFigures figures;
-            if (!measure.run(cell, [&] { return events.stopped(); }, &figures, &error)) {
-                throw TaskError(error);
-            }
-            if (events.stopped()) {
-                return;
-            }
+        const auto run = [&](const auto &... all) { return measure.run(all...); };
+        measure_each<ReadFigures>(events, cells, run, [&](const ReadFigures & figures) {
             events.data(cell_json(figures), "cell");
-        }
+        });
     };
 }
 
