@@ -24,7 +24,7 @@ export async function configureFor(target: Target, compiler: Compiler): Promise<
   const toolchain =
     compiler === "host"
       ? []
-      : [`-DCMAKE_TOOLCHAIN_FILE=${writeToolchain(await installZig(say), target, folder)}`];
+      : [`-DCMAKE_TOOLCHAIN_FILE=${await writeToolchain(await installZig(say), target, folder)}`];
   const made: Configuration = {
     source: join(root, "ffi"),
     folder: join(folder, "native"),

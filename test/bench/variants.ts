@@ -1,6 +1,6 @@
 // What a release costs against a build for this machine: each of the release's libraries that this processor can run,
-// paired with build/native's, on SmolLM2, prompt and decode. The best variant has a bar; the lesser ones are shown for
-// what they are worth. Wants a quiet machine, and `bun run release` before it.
+// paired with build/native's, on SmolLM2, prompt and decode. The best variant has a bar and the pairs that it takes to judge by
+// it; the lesser ones are shown for what they are worth. Wants a quiet machine, and `bun run release` before it.
 //
 //   bun test/bench/variants.ts [pairs] [threads]
 
@@ -16,7 +16,8 @@ import { smolLm2OrSkip } from "../models";
 import { median, verdict } from "./measure";
 
 const bar = 0.98;
-const pairCount = Number(process.argv[2] ?? 7);
+const bestPairs = Number(process.argv[2] ?? 16);
+const lesserPairs = Math.min(bestPairs, 4);
 const threads = process.argv[3] ?? String(readMachine().computeCores);
 const root = join(import.meta.dir, "..", "..");
 const program = join(root, "dist", "hypura");
@@ -28,7 +29,7 @@ interface Speeds {
 }
 
 async function measure(model: string, library: string, home: string): Promise<Speeds> {
-  const words = ["run", model, "--raw", "--prompt", prompt, "--max-tokens", "96", "--temp", "0"];
+  const words = ["run", model, "--raw", "--prompt", prompt, "--max-tokens", "256", "--temp", "0"];
   const child = Bun.spawn([program, ...words, "--threads", threads, "--mode", "resident", "--json"], {
     env: { ...process.env, HYPURA_LIB: library, HYPURA_HOME: home },
     stdin: "ignore",
@@ -80,6 +81,7 @@ async function compare(
   for (const [index, { name, file }] of variants.entries()) {
     const ratios: Record<keyof Speeds, number[]> = { prompt: [], decode: [] };
     const speeds: Record<keyof Speeds, number[]> = { prompt: [], decode: [] };
+    const pairCount = index === 0 ? bestPairs : lesserPairs;
     for (let pair = 0; pair < pairCount; pair++) {
       // Each goes first in every other pair: whatever the first one of two pays is paid by both.
       const order = pair % 2 === 0 ? [native, file] : [file, native];
