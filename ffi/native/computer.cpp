@@ -271,13 +271,38 @@ bool Computer::list_experts(Op & op) {
 }
 
 bool Computer::begin_all() {
-    const BeginResult begun = device_.stream.begin({leases_.data(), lease_count_}, Holding::kNothing);
+    const bool by_expert = lists_by_expert();
+    const Span<Lease> asked{by_expert ? wave_.data() : leases_.data(), lease_count_};
+    const BeginResult begun = device_.stream.begin(asked, Holding::kNothing);
+    for (uint32_t i = 0; by_expert && i < lease_count_; ++i) {
+        leases_[wave_at_[i]] = wave_[i];
+    }
     count_asked();
     if (begun.status == Status::kInterrupted) {
         return fail("the request was cancelled");
     }
     judge_prediction();
     predict_next(); // behind the reads of this layer in the queue
+    return true;
+}
+
+// Few tokens: the strides of one expert behind each other into wave_, so that the first expert is complete, and can be
+// computed, while those of the next are being read. With many tokens slots may be few, and go to the first product.
+bool Computer::lists_by_expert() {
+    const Op & first = ops_[0];
+    for (uint32_t i = 0; i < op_count_; ++i) {
+        if (!ops_[i].routed || ops_[i].lease_count != first.lease_count || ops_[i].token_count() > ExpertPredictor::most_tokens) {
+            return false;
+        }
+    }
+    uint32_t count = 0;
+    for (uint32_t e = 0; e < first.lease_count; ++e) {
+        for (uint32_t i = 0; i < op_count_; ++i) {
+            wave_at_[count] = ops_[i].first_lease + e;
+            wave_[count] = leases_[wave_at_[count]];
+            ++count;
+        }
+    }
     return true;
 }
 

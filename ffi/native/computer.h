@@ -203,6 +203,7 @@ private:
     bool add_op(ggml_tensor * node, uint32_t index);
     bool list_experts(Op & op);
     bool begin_all();
+    bool lists_by_expert();
     void judge_prediction();
     void predict_next();
     void count_asked();
