@@ -33,7 +33,7 @@ void NeuronCache::open(const CacheShape& shape, const CachePolicy& policy) {
         choose_kept(shape.kept);
     }
     if (policy_.kind == PolicyKind::kLfuDecay) {
-        heap_ = std::make_unique<uint32_t[]>(slot_count_);
+        heap_ = std::make_unique<HeapEntry[]>(slot_count_);
     }
     if (policy_.kind == PolicyKind::kLeastStale) {
         orders_ = std::make_unique<Ends[]>(order_count_);
@@ -83,6 +83,9 @@ void NeuronCache::rescale() {
         strides_[i].score = std::ldexp(strides_[i].score, -exponent);
     }
     // Scores that vanished became equal: their order is another now.
+    for (uint32_t i = 0; i < heap_count_; i++) {
+        heap_[i] = heap_entry(heap_[i].slot);
+    }
     for (uint32_t i = heap_count_ / 2; i-- > 0;) {
         heap_down(i);
     }
@@ -91,12 +94,16 @@ void NeuronCache::rescale() {
 void NeuronCache::touch(uint32_t stride, uint32_t token_count) {
     HY_CHECK(stride < stride_count_);
     Stride& s = strides_[stride];
+    double before = s.score;
     s.score += token_count * pass_share_ * weight_;
     s.used_at = ++touch_count_;
     s.used_pass = pass_count_;
     current_order_ = s.order;
-    if (s.slot != kNil && slots_[s.slot].heap_at != kNil) {
-        heap_up(slots_[s.slot].heap_at);
+    // A higher score waits until the entry comes to the top; one that rounding kept the same goes before its equals now.
+    if (s.score == before && s.slot != kNil && slots_[s.slot].heap_at != kNil) {
+        uint32_t at = slots_[s.slot].heap_at;
+        heap_[at] = heap_entry(s.slot);
+        heap_up(at);
         heap_down(slots_[s.slot].heap_at);
     }
 }
@@ -213,6 +220,9 @@ void NeuronCache::move(uint32_t slot, List to) {
     if (s.list == List::kIdle) {
         unindex_idle(slot);
     }
+    if (to == List::kFree && s.heap_at != kNil) {
+        heap_remove(s.heap_at);
+    }
     Ends& from = lists_[static_cast<uint32_t>(s.list)];
     HY_CHECK(from.count > 0);
     from.count--;
@@ -232,8 +242,10 @@ void NeuronCache::move(uint32_t slot, List to) {
 
 void NeuronCache::index_idle(uint32_t slot) {
     if (policy_.kind == PolicyKind::kLfuDecay) {
-        heap_set(heap_count_, slot);
-        heap_up(heap_count_++);
+        if (slots_[slot].heap_at == kNil) {
+            heap_set(heap_count_, heap_entry(slot));
+            heap_up(heap_count_++);
+        }
     } else if (policy_.kind == PolicyKind::kLeastStale) {
         uint32_t order = strides_[slots_[slot].stride].order;
         Ends& ends = orders_[order];
@@ -248,16 +260,7 @@ void NeuronCache::index_idle(uint32_t slot) {
 
 void NeuronCache::unindex_idle(uint32_t slot) {
     Slot& s = slots_[slot];
-    if (policy_.kind == PolicyKind::kLfuDecay) {
-        uint32_t at = s.heap_at;
-        uint32_t last = heap_[--heap_count_];
-        s.heap_at = kNil;
-        if (last != slot) {
-            heap_set(at, last);
-            heap_up(at);
-            heap_down(slots_[last].heap_at);
-        }
-    } else if (policy_.kind == PolicyKind::kLeastStale) {
+    if (policy_.kind == PolicyKind::kLeastStale) {
         uint32_t order = strides_[s.stride].order;
         Ends& ends = orders_[order];
         (s.order_prev == kNil ? ends.head : slots_[s.order_prev].order_next) = s.order_next;
@@ -271,11 +274,11 @@ void NeuronCache::unindex_idle(uint32_t slot) {
 
 // ---- policy
 
-uint32_t NeuronCache::victim(Purpose purpose) const {
+uint32_t NeuronCache::victim(Purpose purpose) {
     const Ends& idle = lists_[static_cast<uint32_t>(List::kIdle)];
     uint32_t slot = idle.head;
     if (policy_.kind == PolicyKind::kLfuDecay) {
-        slot = heap_count_ > 0 ? heap_[0] : kNil;
+        slot = least_used();
     } else if (policy_.kind == PolicyKind::kLeastStale) {
         slot = stalest();
     }
@@ -312,31 +315,60 @@ uint32_t NeuronCache::stalest() const {
     return kNil;
 }
 
-bool NeuronCache::goes_before(uint32_t slot_a, uint32_t slot_b) const {
-    const Stride& a = strides_[slots_[slot_a].stride];
-    const Stride& b = strides_[slots_[slot_b].stride];
+// An entry's score is at most its stride's, so a top entry that is idle and up to date is the least of all idle ones.
+uint32_t NeuronCache::least_used() {
+    while (heap_count_ > 0) {
+        uint32_t slot = heap_[0].slot;
+        if (slots_[slot].list != List::kIdle) {
+            heap_remove(0); // comes back when it is idle again
+        } else if (heap_[0].used_at != strides_[slots_[slot].stride].used_at) {
+            heap_[0] = heap_entry(slot);
+            heap_down(0);
+        } else {
+            return slot;
+        }
+    }
+    return kNil;
+}
+
+NeuronCache::HeapEntry NeuronCache::heap_entry(uint32_t slot) const {
+    const Stride& s = strides_[slots_[slot].stride];
+    return {s.score, s.used_at, slot};
+}
+
+bool NeuronCache::goes_before(const HeapEntry& a, const HeapEntry& b) const {
     if (a.score != b.score) {
         return a.score < b.score;
     }
-    return a.used_at != b.used_at ? a.used_at > b.used_at : slots_[slot_a].stride < slots_[slot_b].stride;
+    return a.used_at != b.used_at ? a.used_at > b.used_at : slots_[a.slot].stride < slots_[b.slot].stride;
 }
 
-void NeuronCache::heap_set(uint32_t at, uint32_t slot) {
-    heap_[at] = slot;
-    slots_[slot].heap_at = at;
+void NeuronCache::heap_set(uint32_t at, const HeapEntry& entry) {
+    heap_[at] = entry;
+    slots_[entry.slot].heap_at = at;
+}
+
+void NeuronCache::heap_remove(uint32_t at) {
+    slots_[heap_[at].slot].heap_at = kNil;
+    HeapEntry last = heap_[--heap_count_];
+    if (at < heap_count_) {
+        heap_set(at, last);
+        heap_up(at);
+        heap_down(slots_[last.slot].heap_at);
+    }
 }
 
 void NeuronCache::heap_up(uint32_t at) {
-    uint32_t slot = heap_[at];
-    while (at > 0 && goes_before(slot, heap_[(at - 1) / 2])) {
+    HeapEntry entry = heap_[at];
+    while (at > 0 && goes_before(entry, heap_[(at - 1) / 2])) {
         heap_set(at, heap_[(at - 1) / 2]);
         at = (at - 1) / 2;
     }
-    heap_set(at, slot);
+    heap_set(at, entry);
 }
 
 void NeuronCache::heap_down(uint32_t at) {
-    uint32_t slot = heap_[at];
+    HeapEntry entry = heap_[at];
     for (;;) {
         uint32_t child = at * 2 + 1;
         if (child >= heap_count_) {
@@ -345,13 +377,13 @@ void NeuronCache::heap_down(uint32_t at) {
         if (child + 1 < heap_count_ && goes_before(heap_[child + 1], heap_[child])) {
             child++;
         }
-        if (!goes_before(heap_[child], slot)) {
+        if (!goes_before(heap_[child], entry)) {
             break;
         }
         heap_set(at, heap_[child]);
         at = child;
     }
-    heap_set(at, slot);
+    heap_set(at, entry);
 }
 
 // ---- invariants
@@ -401,11 +433,16 @@ void NeuronCache::check() const {
     HY_CHECK(held == slot_count_ - lists_[static_cast<uint32_t>(List::kFree)].count);
     HY_CHECK(ring == ring_used_ && (kept_count_ == 0 || ring_used_ <= slot_count_ - kept_count_ || ring == 0));
     uint32_t idle = lists_[static_cast<uint32_t>(List::kIdle)].count;
-    HY_CHECK(heap_count_ == (policy_.kind == PolicyKind::kLfuDecay ? idle : 0));
+    uint32_t idle_entries = 0;
     for (uint32_t i = 0; i < heap_count_; i++) {
-        HY_CHECK(slots_[heap_[i]].heap_at == i && slots_[heap_[i]].list == List::kIdle);
+        uint32_t slot = heap_[i].slot;
+        HY_CHECK(slots_[slot].heap_at == i);
+        HY_CHECK(slots_[slot].list == List::kIdle || slots_[slot].list == List::kPinned);
+        HY_CHECK(!goes_before(heap_entry(slot), heap_[i]));
         HY_CHECK(i == 0 || !goes_before(heap_[i], heap_[(i - 1) / 2]));
+        idle_entries += slots_[slot].list == List::kIdle ? 1 : 0;
     }
+    HY_CHECK(policy_.kind == PolicyKind::kLfuDecay ? idle_entries == idle : heap_count_ == 0);
     uint32_t ordered = 0;
     for (uint32_t i = 0; policy_.kind == PolicyKind::kLeastStale && i < order_count_; i++) {
         HY_CHECK((orders_[i].count > 0) == ((order_bits_[i / 64] >> i % 64 & 1) != 0));

@@ -20,7 +20,8 @@
 //   lfu_decay     the least used goes, by a count of routed tokens that halves every half_life_tokens. The count is
 //                 kept for absent strides too. Counting tokens and not passes matters: with several tokens in a pass
 //                 the pass counts tie. On a tie the most recently used goes, so that a scan over equal strides keeps a
-//                 part of them. Binary heap, O(log slots). Decay costs nothing per stride: the weight of a new token
+//                 part of them. Binary heap, O(log slots) for an eviction, nothing for a use: scores only grow, so an
+//                 entry is put right when it comes to the top. Decay costs nothing per stride: the weight of a new token
 //                 grows. A long pass may count as a shorter one, with the same proportions: the core computes the last
 //                 layer of a prompt for its last token alone, so against the whole weight of a long prompt the experts
 //                 of that layer would be the first to go for as many tokens as the prompt had.
@@ -130,10 +131,16 @@ private:
         uint32_t stride = kNil;
         uint32_t prev = kNil; // of its list
         uint32_t next = kNil;
-        uint32_t heap_at = kNil;    // lfu_decay, idle only
+        uint32_t heap_at = kNil;    // lfu_decay: every idle one has an entry, a pinned one may
         uint32_t order_prev = kNil; // least_stale, idle only: slots of one op
         uint32_t order_next = kNil;
         List list = List::kFree;
+    };
+    // What a slot's stride had when the entry was made: a touch changes the stride alone.
+    struct HeapEntry {
+        double score;
+        uint64_t used_at;
+        uint32_t slot;
     };
     struct Ends {
         uint32_t head = kNil;
@@ -147,17 +154,20 @@ private:
     void release_slot(uint32_t stride);
     void index_idle(uint32_t slot);
     void unindex_idle(uint32_t slot);
-    uint32_t victim(Purpose purpose) const;
+    uint32_t victim(Purpose purpose);
+    uint32_t least_used();
     uint32_t stalest() const;
-    bool goes_before(uint32_t slot_a, uint32_t slot_b) const;
+    HeapEntry heap_entry(uint32_t slot) const;
+    bool goes_before(const HeapEntry& a, const HeapEntry& b) const;
     void heap_up(uint32_t at);
     void heap_down(uint32_t at);
-    void heap_set(uint32_t at, uint32_t slot);
+    void heap_remove(uint32_t at);
+    void heap_set(uint32_t at, const HeapEntry& entry);
     void rescale();
 
     std::unique_ptr<Stride[]> strides_;
     std::unique_ptr<Slot[]> slots_;
-    std::unique_ptr<uint32_t[]> heap_;
+    std::unique_ptr<HeapEntry[]> heap_;
     std::unique_ptr<Ends[]> orders_;
     std::unique_ptr<uint64_t[]> order_bits_; // a bit for each op that has an idle slot
     Ends lists_[kListCount];
