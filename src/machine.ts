@@ -22,6 +22,8 @@ export interface Machine {
   };
   /** What ggml can compute on; empty where nobody has asked it (readMachine does not, loadMachine of profile.ts does). */
   readonly devices: readonly Device[];
+  /** What for GPUs is compiled in, as ggml names it ("CUDA"), whether there is such a GPU or not; empty like devices. */
+  readonly gpuBackends: readonly string[];
   /** What was measured, for the volume that was asked about; null where nothing was, or not of this machine. */
   readonly profile: MachineProfile | null;
 }
@@ -139,6 +141,7 @@ function readLinux(): Machine {
       limitedBy: isLimited ? group.path : null,
     },
     devices: [],
+    gpuBackends: [],
     profile: null,
   };
 }
@@ -260,6 +263,7 @@ function readDarwin(): Machine {
       limitedBy: null,
     },
     devices: [],
+    gpuBackends: [],
     profile: null,
   };
 }
@@ -369,6 +373,7 @@ export function validateMachine(json: unknown): Machine {
     hasDirectLoad: machine.flag("hasDirectLoad"),
     memory: { totalBytes, availableBytes, limitedBy: memory.textOrNull("limitedBy") },
     devices: machine.list("devices", deviceOf),
+    gpuBackends: machine.texts("gpuBackends"),
     profile: machine.value("profile") === null ? null : validateProfile(machine.value("profile"), "profile."),
   };
 }
@@ -470,6 +475,7 @@ interface Fields {
   /** A number above 0. */
   rate(name: string): number;
   moment(name: string): string;
+  texts(name: string): readonly string[];
   list<T>(name: string, read: (fields: Fields) => T): readonly T[];
 }
 
@@ -504,6 +510,7 @@ function fieldsOf(json: unknown, at: string): Fields {
     size: (name) => taken(name, "a whole number of bytes", (one) => isWhole(one, 0)),
     rate: (name) => taken(name, "a number above 0", (one) => Number.isFinite(one) && (one as number) > 0),
     moment: (name) => taken(name, "a date", (one) => isText(one) && !Number.isNaN(Date.parse(one as string))),
+    texts: (name) => taken(name, "a list of texts", (one) => Array.isArray(one) && one.every(isText)),
     list: (name, read) =>
       taken<readonly unknown[]>(name, "a list", Array.isArray).map((one, index) =>
         read(fieldsOf(one, `${at}${name}[${index}].`)),

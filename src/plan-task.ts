@@ -24,6 +24,7 @@ import {
   kvTypes,
   type MemoryUse,
   memoryOf,
+  processBytesWith,
   type ReaderShape,
   slotBytesOf,
   sumOf,
@@ -216,7 +217,9 @@ export function useOf(
   task: Task,
   wanted: { readonly contextTokens: number; readonly ubatchTokens: number; readonly gpuLayers: number },
 ): Use {
-  return { ...wanted, slotCount: task.limits.slotCount ?? 1, kvType: task.kvType, reader: task.reader };
+  const { limits, kvType, reader, machine } = task;
+  const processBytes = processBytesWith(machine.gpuBackends);
+  return { ...wanted, slotCount: limits.slotCount ?? 1, kvType, reader, processBytes };
 }
 
 /** By tensor: where it is when it is resident. */

@@ -8,7 +8,6 @@ import pin from "../vendor/llama.json";
 import { runTask } from "./engine";
 import { HypuraError } from "./errors";
 import {
-  type Device,
   type Machine,
   type MachineProfile,
   type ProductSpeed,
@@ -86,8 +85,7 @@ const measuredTypes = [
 
 /** The machine with its devices and its profile for the volume of `folder`; the profile is null where none holds. */
 export async function loadMachine(options: LoadOptions): Promise<Machine> {
-  const devices = await readDevices(options);
-  const machine: Machine = { ...readMachine(), devices };
+  const machine: Machine = { ...readMachine(), ...(await readDevices(options)) };
   const volume = volumeOf(options.folder);
   const fingerprint = fingerprintOf(machine);
   const kept = readKept(fingerprint, options);
@@ -111,7 +109,7 @@ export async function keepStorage(
   speed: StorageSpeed,
   options: Omit<LoadOptions, "measure">,
 ): Promise<boolean> {
-  const machine: Machine = { ...readMachine(), devices: await readDevices(options) };
+  const machine: Machine = { ...readMachine(), ...(await readDevices(options)) };
   const kept = readKept(fingerprintOf(machine), { ...options, measure: "cached" });
   if (kept === null) {
     return false;
@@ -206,9 +204,12 @@ const shares = { copy: 0.03, product: 0.001, products: 0.8, readSetting: 0.024 }
 /** A share of the whole for the bar that shows progress. */
 const progressOf = { copy: 0.05, products: 0.5 } as const;
 
-async function readDevices({ run = runTask, signal }: MeasureOptions): Promise<readonly Device[]> {
+async function readDevices({
+  run = runTask,
+  signal,
+}: MeasureOptions): Promise<Pick<Machine, "devices" | "gpuBackends">> {
   for await (const { data } of run("devices", {}, signal)) {
-    return (data as { readonly devices: readonly Device[] }).devices;
+    return data as Pick<Machine, "devices" | "gpuBackends">;
   }
   throw new HypuraError("internal", "ggml's devices were listed without a word");
 }

@@ -260,6 +260,7 @@ OpenPlan parse_plan(std::string_view text) {
 }
 
 std::string build_info_json() {
+    take_log(); // the first look at the registry makes it
     std::lock_guard<std::mutex> lock(registry_mutex()); // the system's info walks the registry
     return "{\"llama\":" + json_string(llama_version()) + ",\"build\":" + json_string(llama_build_info()) +
            ",\"system\":" + json_string(llama_print_system_info()) + "}";
@@ -333,10 +334,10 @@ void on_llama_abort(const char * text) {
 void install_hooks_once() {
     static std::once_flag once;
     std::call_once(once, [] {
-        llama_backend_init();
         common_log_set_verbosity_thold(-1); // the core's own log would go to stderr
         llama_log_set(on_llama_log, nullptr);
         ggml_set_abort_callback(on_llama_abort);
+        llama_backend_init(); // a CUDA without its driver says so here
     });
 }
 

@@ -157,8 +157,18 @@ const char * type_name(enum ggml_backend_dev_type type) {
     return nullptr;
 }
 
+// One without a device is a GPU's, too: the processor's kernels and BLAS always have one.
+bool is_for_gpus(ggml_backend_reg_t backend) {
+    if (ggml_backend_reg_dev_count(backend) == 0) {
+        return true;
+    }
+    const enum ggml_backend_dev_type type = ggml_backend_dev_type(ggml_backend_reg_dev_get(backend, 0));
+    return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+}
+
 TaskBody devices_task(const common_json &) {
     return [](TaskEvents & events) {
+        take_log(); // the first look at the devices makes them, and what is missing is logged
         // A streaming device of ours is registered only while an engine loads, under this lock: it is never seen here.
         std::lock_guard<std::mutex> lock(registry_mutex());
         std::string list;
@@ -181,7 +191,14 @@ TaskBody devices_task(const common_json &) {
                                                     .add("isUnified", truth(unified))
                                                     .done();
         }
-        events.data("{\"devices\":[" + list + "]}");
+        std::string backends;
+        for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
+            ggml_backend_reg_t backend = ggml_backend_reg_get(i);
+            if (is_for_gpus(backend)) {
+                backends += (backends.empty() ? "" : ",") + json_string(ggml_backend_reg_name(backend));
+            }
+        }
+        events.data("{\"devices\":[" + list + "],\"gpuBackends\":[" + backends + "]}");
     };
 }
 

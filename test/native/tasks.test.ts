@@ -4,7 +4,7 @@ import { expect, test } from "bun:test";
 import { existsSync, mkdtempSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { type EngineChunk, runTask } from "../../src/engine";
+import { type EngineChunk, engineLibrary, runTask } from "../../src/engine";
 import { HypuraError } from "../../src/errors";
 
 async function answers(name: string, body: object): Promise<readonly EngineChunk[]> {
@@ -41,6 +41,8 @@ test("devices: the processor is one, and no streaming device", async () => {
   expect(processor).toMatchObject({ name: "CPU", isUnified: true });
   expect(processor?.["totalBytes"]).toBeGreaterThan(1e8);
   expect(devices.map((one) => one["name"])).not.toContain("Streamed");
+  const { gpuBackends } = (chunk?.data ?? {}) as { readonly gpuBackends?: readonly string[] };
+  expect(gpuBackends).toEqual([...engineLibrary().gpuBackends]);
 });
 
 test.each(["copy", "scan"])("%s: at least one pass", async (name) => {

@@ -19,6 +19,7 @@ const machine: Machine = {
   hasDirectLoad: true,
   memory: { totalBytes: 32e9, availableBytes: 20e9, limitedBy: null },
   devices: [],
+  gpuBackends: [],
   profile: {
     version: profileVersion,
     fingerprint: "",

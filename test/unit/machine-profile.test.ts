@@ -80,7 +80,7 @@ function fakeNative(
     }
     switch (name) {
       case "devices":
-        yield { data: { devices: answers.gpu === true ? [gpu] : [] } };
+        yield { data: { devices: answers.gpu === true ? [gpu] : [], gpuBackends: [] } };
         return;
       case "copy":
         yield { data: { bytes: 20e9, ns: 1e9 } };

@@ -87,6 +87,7 @@ const sound = {
   computeCores: 8,
   hasDirectLoad: false,
   memory: { totalBytes: 34_359_738_368, availableBytes: 30e9, limitedBy: null },
+  gpuBackends: ["MTL"],
   devices: [
     {
       name: "Metal",
@@ -151,6 +152,7 @@ describe("a machine from a file", () => {
     ["memory.availableBytes", 1e12, "memory.availableBytes must be at most memory.totalBytes"],
     ["memory.limitedBy", 5, "memory.limitedBy must be a text or null"],
     ["devices", {}, "devices must be a list"],
+    ["gpuBackends", ["CUDA", 1], "gpuBackends must be a list of texts"],
     ["devices.0", 7, "devices[0] must be an object"],
     ["devices.0.type", "npu", "devices[0].type must be one of cpu, gpu, igpu, accel"],
     ["devices.0.isUnified", undefined, "lacks the field devices[0].isUnified"],

@@ -326,6 +326,7 @@ export function machineOf(spec: MachineSpec): Machine {
     hasDirectLoad: spec.gpus?.[0]?.isUnified !== true,
     memory: { totalBytes: spec.totalBytes, availableBytes: spec.availableBytes, limitedBy: null },
     devices: spec.gpus ?? [],
+    gpuBackends: [],
     profile: profileOf(spec),
   };
 }

@@ -18,6 +18,7 @@ function machine(availableBytes: number): Machine {
     hasDirectLoad: true,
     memory: { totalBytes: 64e9, availableBytes, limitedBy: null },
     devices: [],
+    gpuBackends: [],
     profile: null,
   };
 }
