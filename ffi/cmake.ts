@@ -13,19 +13,56 @@ export function say(step: string): void {
 
 type Environment = Readonly<Record<string, string>>;
 
-/** Runs a command to its end; what it said counts only when it fails. */
-export async function runQuietly(
-  command: readonly string[],
-  cwd: string,
-  environment: Environment = {},
-): Promise<string> {
+const groups = new Set<number>();
+const statusOf = { SIGINT: 130, SIGTERM: 143, SIGHUP: 129 } as const;
+let isWatching = false;
+
+/** Each signal that ends us ends the groups first. */
+function watchSignals(): void {
+  if (isWatching) {
+    return;
+  }
+  isWatching = true;
+  for (const [signal, status] of Object.entries(statusOf)) {
+    process.once(signal, () => {
+      for (const id of groups) {
+        try {
+          process.kill(-id, "SIGTERM");
+        } catch {
+          // It ended meanwhile.
+        }
+      }
+      process.exit(status);
+    });
+  }
+}
+
+/**
+ * CMake starts what builds, and that the compilers: they are one process group, which ends with us. Otherwise a build whose
+ * start was killed goes on, and the next one meets it in the same folder.
+ */
+function spawnGroup(command: readonly string[], cwd: string, environment: Environment) {
+  watchSignals();
   const child = Bun.spawn([...command], {
     cwd,
     env: { ...process.env, ...environment },
     stdout: "pipe",
     stderr: "pipe",
     stdin: "ignore",
+    detached: true,
   });
+  groups.add(child.pid);
+  child.exited.then(() => groups.delete(child.pid));
+  return child;
+}
+
+/** Runs a command to its end; what it said counts only when it fails. */
+export async function runQuietly(
+  command: readonly string[],
+  cwd: string,
+  environment: Environment = {},
+): Promise<string> {
+  const child = spawnGroup(command, cwd, environment);
   const [out, err, status] = await Promise.all([
     new Response(child.stdout).text(),
     new Response(child.stderr).text(),
@@ -76,12 +113,7 @@ export async function buildTargets(
 ): Promise<void> {
   const parallel = String(availableParallelism());
   const command = ["cmake", "--build", folder, "--parallel", parallel, "--target", ...targets];
-  const child = Bun.spawn(command, {
-    env: { ...process.env, ...environment },
-    stdout: "pipe",
-    stderr: "pipe",
-    stdin: "ignore",
-  });
+  const child = spawnGroup(command, folder, environment);
   const [log, err] = await Promise.all([followBuild(child.stdout, what), new Response(child.stderr).text()]);
   if ((await child.exited) !== 0) {
     throw new Error(`${what} did not build:\n${failureOf(log)}${err}`);
