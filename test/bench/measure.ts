@@ -16,3 +16,8 @@ export function verdict(isReached: boolean, sentence: string): void {
     process.exitCode = 1;
   }
 }
+
+/** GNU dd gives a file's pages back with this pair of flags. */
+export function dropCached(file: string): void {
+  Bun.spawnSync(["dd", `if=${file}`, "iflag=nocache", "count=0"], { stderr: "ignore" });
+}

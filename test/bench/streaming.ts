@@ -13,7 +13,7 @@ import type { Plan, SlotClass } from "../../src/plan";
 import type { StreamingCounters } from "../../src/streaming";
 import { bandwidthText, bytesText, durationText } from "../../src/text";
 import { headerLength, parseHeader, traceEvents, traceStartBytes } from "../../src/trace";
-import { median } from "./measure";
+import { dropCached, median } from "./measure";
 import { canLimit, type Figures, openSubject, type Subject } from "./subject";
 
 const groupBytes = 2_147_483_648;
@@ -101,11 +101,6 @@ async function stock(tokens: number): Promise<number> {
   const { decodeTokensPerSecond } = await subject.ask({ promptTokens: 2, tokens, seed: 1 });
   say("stock behaviour, mapped file, same group, cold", `${decodeTokensPerSecond.toFixed(3)} tok/s`);
   return decodeTokensPerSecond;
-}
-
-/** GNU dd gives a file's pages back with this pair of flags. */
-function dropCached(file: string): void {
-  Bun.spawnSync(["dd", `if=${file}`, "iflag=nocache", "count=0"], { stderr: "ignore" });
 }
 
 /** Every stride once for each pass that touches it. */

@@ -83,9 +83,9 @@ const fileCases: readonly Case[] = [
   ["a device", ["run", "/dev/null", ...ask], 4, /give the path of a \.gguf file/],
   [
     "too little memory",
-    ["run", model, "--memory", "100M", ...ask],
+    ["run", model, "--memory", "90M", ...ask],
     5,
-    /100 MB are allowed by --memory.*too few: /,
+    /90 MB are allowed by --memory.*too few: /,
   ],
   ["inspect: no such file", ["inspect", path("nofile.gguf")], 3, /check the path/],
   ["inspect: a truncated file", ["inspect", path("truncated.gguf")], 4, /truncated\.gguf/],
@@ -202,7 +202,7 @@ describe("flags", () => {
 test("--json puts the error on stdout too, for the same exit status", async () => {
   for (const [args, status, code] of [
     [["run", path("nofile.gguf"), ...ask, "--json"], 3, "not-found"],
-    [["run", model, "--json", "--memory", "100M", ...ask], 5, "not-enough-memory"],
+    [["run", model, "--json", "--memory", "90M", ...ask], 5, "not-enough-memory"],
     [["run", model, "--json", "--temp", "-1", ...ask], 2, "usage"],
     [["inspect", path("text.gguf"), "--json"], 4, "not-a-model"],
   ] as const) {
