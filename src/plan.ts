@@ -371,7 +371,7 @@ function followed(subject: ModelFiles, plan: Plan): Plan {
 // ---- refusal --------------------------------------------------------------------------------------------------
 
 function refusal(task: Task): HypuraError {
-  const { model, budget, machine, limits } = task;
+  const { budget, machine, limits } = task;
   const where =
     limits.memoryBytes !== null && limits.memoryBytes <= machine.memory.availableBytes
       ? "allowed by --memory"
@@ -379,16 +379,10 @@ function refusal(task: Task): HypuraError {
         ? "free for it"
         : `left under the control group ${machine.memory.limitedBy}`;
   const tokens = contextChoices(task).at(-1)?.tokens ?? usualContextTokens;
-  const mayStream = limits.mode !== "resident" && model.strides.length > 0;
-  const ubatchTokens = mayStream ? leastUbatchTokens : usualUbatchTokens;
-  const use = useOf(task, { contextTokens: tokens, ubatchTokens, gpuLayers: 0 });
-  const counts = mayStream ? (tensor: ModelTensor) => tensor.strides === null : () => true;
-  const least = withWeights(memoryOf(model, use, mayStream), bytesAt(model, 0, counts)).ram;
-  const pool = mayStream ? leastPoolBytes(groupsOf({ model, homes: homesOf(model, 0) })) : 0;
-  const total = sumOf(least) + pool;
+  const { streams, least, pool, total } = leastMemory(task, tokens);
   const parts = [
-    `${mayStream ? "weights that cannot stream" : "weights"} ${bytesText(least.weightBytes)}`,
-    ...(mayStream ? [`the smallest pool for the rest ${bytesText(pool)}`] : []),
+    `${streams ? "weights that cannot stream" : "weights"} ${bytesText(least.weightBytes)}`,
+    ...(streams ? [`the smallest pool for the rest ${bytesText(pool)}`] : []),
     `${countText(tokens)} tokens of context ${bytesText(least.kvBytes + least.stateBytes)}`,
     `scratch ${bytesText(least.computeBytes + least.streamingBytes)}`,
     `hypura itself ${bytesText(least.processBytes)}`,
@@ -398,6 +392,30 @@ function refusal(task: Task): HypuraError {
     `the model needs ${bytesText(total)} (${parts.join(", ")}), ${bytesText(budget)} are ${where}, ` +
       `${bytesText(total - budget)} too few: ${advice(task, least, total - budget)}`,
   );
+}
+
+interface Least {
+  readonly streams: boolean;
+  readonly least: MemoryUse;
+  readonly pool: number;
+  readonly total: number;
+}
+
+/** What would do, of the modes that are allowed: a tiny model needs less in memory than streaming it would. */
+function leastMemory(task: Task, contextTokens: number): Least {
+  const { model, limits } = task;
+  const of = (streams: boolean): Least => {
+    const ubatchTokens = streams ? leastUbatchTokens : usualUbatchTokens;
+    const use = useOf(task, { contextTokens, ubatchTokens, gpuLayers: 0 });
+    const counts = streams ? (tensor: ModelTensor) => tensor.strides === null : () => true;
+    const least = withWeights(memoryOf(model, use, streams), bytesAt(model, 0, counts)).ram;
+    const pool = streams ? leastPoolBytes(groupsOf({ model, homes: homesOf(model, 0) })) : 0;
+    return { streams, least, pool, total: sumOf(least) + pool };
+  };
+  if (limits.mode === "resident" || model.strides.length === 0) return of(false);
+  const streamed = of(true);
+  const resident = of(false);
+  return limits.mode === "stream" || streamed.total <= resident.total ? streamed : resident;
 }
 
 /** The nearest thing that would make it fit. */

@@ -85,7 +85,7 @@ const fileCases: readonly Case[] = [
     "too little memory",
     ["run", model, "--memory", "90M", ...ask],
     5,
-    /90 MB are allowed by --memory.*too few: /,
+    /90\.0 MB are allowed by --memory.*too few: /,
   ],
   ["inspect: no such file", ["inspect", path("nofile.gguf")], 3, /check the path/],
   ["inspect: a truncated file", ["inspect", path("truncated.gguf")], 4, /truncated\.gguf/],
