@@ -108,10 +108,7 @@ function writeProgram(file: string, words: string): void {
  * object, with slow stand-ins for memcpy, expf and their like that a linker prefers to those of the machine's libc: decoding
  * was at 0.78 to 0.88 of the native build with it. What is missing here fails the link, which names it.
  */
-const runtimePieces: Readonly<Record<Target["arch"], readonly string[]>> = {
-  x64: ["divti3"],
-  arm64: ["divti3"],
-};
+const runtimePieces = ["divti3"];
 
 /** Compiles those pieces for a target; returns the objects. Throws Error with zig's words. */
 async function buildRuntime(zig: string, target: Target): Promise<readonly string[]> {
@@ -120,7 +117,7 @@ async function buildRuntime(zig: string, target: Target): Promise<readonly strin
   const sources = join(zig, "..", "lib", "compiler_rt");
   const cache = join(root, "build", "zig-cache");
   const objects: string[] = [];
-  for (const piece of runtimePieces[target.arch]) {
+  for (const piece of runtimePieces) {
     const object = join(folder, `${piece}.o`);
     objects.push(object);
     if (existsSync(object)) {
@@ -159,7 +156,7 @@ export async function writeToolchain(zig: string, target: Target, folder: string
     `set(CMAKE_AR "${join(folder, "ar")}")`,
     `set(CMAKE_RANLIB "${join(folder, "ranlib")}")`,
     `set(HYPURA_ZIG ON)`,
-    // zig's linker for macOS takes these functions from the system.
+    // What zig links for macOS is a check and no release.
     ...(isDarwin ? [] : [`set(HYPURA_RUNTIME "${(await buildRuntime(zig, target)).join(";")}")`]),
     `set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)`,
     `set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)`,
