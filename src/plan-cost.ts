@@ -11,7 +11,6 @@
 
 import type { Machine, ProductSpeed, RowSpeeds, StepSeconds, StorageSpeed } from "./machine";
 import type { Model, ModelTensor, StrideSet } from "./model";
-import type { ReaderShape } from "./plan-memory";
 import { bandwidthText, bytesText, durationText, rateText } from "./text";
 
 // ---- how often the pool has what a token needs --------------------------------------------------------------------
@@ -199,6 +198,11 @@ export function bandwidthAt(storage: StorageSpeed, readBytes: number, depth: num
   }
   const part = Math.log(depth / below.depth) / Math.log(above.depth / below.depth);
   return below.bytesPerSecond + part * (above.bytesPerSecond - below.bytesPerSecond);
+}
+
+export interface ReaderShape {
+  readonly threads: number;
+  readonly pieceBytes: number;
 }
 
 /** Seconds until `count` strides asked for at once are there. */

@@ -57,13 +57,7 @@ export interface Use {
   readonly kvType: string;
   /** llama.cpp's n_gpu_layers: so many of the last layers, the output counting as one. */
   readonly gpuLayers: number;
-  readonly reader: ReaderShape;
   readonly processBytes: number;
-}
-
-export interface ReaderShape {
-  readonly threads: number;
-  readonly pieceBytes: number;
 }
 
 /** The first block on a GPU (i_gpu_start of load_tensors in src/llama-model.cpp). */
@@ -170,12 +164,25 @@ function phaseFloats(model: Model): readonly number[] {
   return isUsual ? phases : [...phases, 7 * width + Math.max(2 * model.feedForwardLength, experts)];
 }
 
-/** Bound of the work memory of one product over several slots. */
-export const spanWorkBytes = 16_777_216;
+/** No product over several slots takes more work memory. */
+const mostSpanWorkBytes = 16_777_216;
+/** A pass of so many tokens (one, or one and its guesses) computes all experts that are ready in one product. */
+const spanTokens = 8;
 
 /**
- * ffi/native/backend.cpp, Computer: rows gathered for two experts at a time, ids and indices; the delegate's work
- * memory for a product over a span of slots; the routers' copies; and a bounce buffer for each reader thread.
+ * Bound of the work memory of one product over several slots: two 32-bit numbers for each slot spanned and each pair of
+ * token and expert (ggml_compute_forward_mul_mat_id), for a pass of spanTokens over a pool that holds every stride. A
+ * prompt's experts, with many rows each, lose nothing when they are computed one by one.
+ */
+export function spanWorkBytes(model: Model): number {
+  const strides = model.strides.reduce((sum, set) => sum + set.strideCount, 0);
+  return Math.min(mostSpanWorkBytes, 8 * strides * spanTokens * model.expertUsedCount);
+}
+
+/**
+ * ffi/native/backend.cpp, Computer: rows gathered for one expert at a time, ids and indices; the delegate's work memory
+ * for a product over a span of slots; and the routers' copies. The readers' bounce buffers are not in it: in a pool in
+ * this process's memory no stride of a plan goes through one, and what is not touched takes no memory.
  */
 function streamingBytes(model: Model, use: Use): number {
   let widest = 0;
@@ -184,13 +191,8 @@ function streamingBytes(model: Model, use: Use): number {
     widest = Math.max(widest, columns + rows);
   }
   const gather =
-    2 * 4 * use.ubatchTokens * widest + 20 * use.ubatchTokens * Math.max(1, model.expertCount) + 1_048_576;
-  return (
-    gather +
-    spanWorkBytes +
-    predictionBytes(model) +
-    use.reader.threads * (use.reader.pieceBytes + 2 * directAlignBytes)
-  );
+    4 * use.ubatchTokens * widest + 20 * use.ubatchTokens * Math.max(1, model.expertCount) + 1_048_576;
+  return gather + spanWorkBytes(model) + predictionBytes(model);
 }
 
 /** Distance of two slots: room for a stride at any page phase (min_slot_bytes of ffi/native/stream.h). */

@@ -12,6 +12,7 @@ import {
   type HitCurve,
   type Placement,
   publishedHitCurve,
+  type ReaderShape,
   type Speeds,
   speedsOf,
 } from "./plan-cost";
@@ -25,7 +26,6 @@ import {
   type MemoryUse,
   memoryOf,
   processBytesWith,
-  type ReaderShape,
   slotBytesOf,
   sumOf,
   type Use,
@@ -217,9 +217,9 @@ export function useOf(
   task: Task,
   wanted: { readonly contextTokens: number; readonly ubatchTokens: number; readonly gpuLayers: number },
 ): Use {
-  const { limits, kvType, reader, machine } = task;
+  const { limits, kvType, machine } = task;
   const processBytes = processBytesWith(machine.gpuBackends);
-  return { ...wanted, slotCount: limits.slotCount ?? 1, kvType, reader, processBytes };
+  return { ...wanted, slotCount: limits.slotCount ?? 1, kvType, processBytes };
 }
 
 /** By tensor: where it is when it is resident. */

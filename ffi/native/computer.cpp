@@ -63,7 +63,7 @@ Computer::Computer(StreamState & device) : device_(device), delegate_(device.del
     leases_.resize(lease_capacity);
     computed_.resize(lease_capacity);
     ready_.resize(lease_capacity);
-    gather_pairs_ = 2 * tokens;
+    gather_pairs_ = tokens;
     wave_.resize(lease_capacity);
     wave_at_.resize(lease_capacity);
     place_.assign(largest, UINT32_MAX);
@@ -80,8 +80,8 @@ Computer::Computer(StreamState & device) : device_(device), delegate_(device.del
     params.no_alloc = true;
     meta_.reset(ggml_init(params));
     graph_ = ggml_new_graph_custom(meta_.get(), graph_nodes, false);
-    // Rows of one expert gathered and its products, two experts at a time; ids; indices.
-    const uint64_t bytes = 2 * (static_cast<uint64_t>(tokens) * (widest_in + widest_out) * sizeof(float)) +
+    // Rows of one expert gathered and its products; ids; indices.
+    const uint64_t bytes = static_cast<uint64_t>(tokens) * (widest_in + widest_out) * sizeof(float) +
                            static_cast<uint64_t>(tokens) * largest * sizeof(int32_t) + tokens * 64ull + (1u << 20);
     if (!scratch_.open(device.delegate.activation_buffer_type(), bytes)) {
         return;
@@ -454,7 +454,7 @@ uint32_t Computer::group_end(const Op & op, uint32_t from) const {
     uint32_t pairs = ready_lease(op, from).token_count;
     uint32_t to = from + 1;
     while (to < ready_count_) {
-        pairs += leases_[ready_[to]].token_count;
+        pairs += ready_lease(op, to).token_count;
         if (pairs > gather_pairs_ || !one_span(op, from, to + 1, pairs)) {
             break;
         }

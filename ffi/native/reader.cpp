@@ -316,12 +316,9 @@ bool PieceReader::open(ReadSource* source, PoolMemory* pool, FileModes* modes, c
     modes_ = modes;
     spec_ = spec;
     // A piece ends at a page border or its extent's end, so its superset is never longer than piece_bytes.
+    // Address space alone: its pages become present with the first piece that needs them, and in most pools none does.
     bounce_ = platform::map_memory(spec.piece_bytes, platform::PageKind::kBase);
-    if (bounce_.data == nullptr) {
-        return false;
-    }
-    platform::touch_memory(bounce_.data, bounce_.bytes);
-    return true;
+    return bounce_.data != nullptr;
 }
 
 PieceResult PieceReader::run(const Piece& piece) {
