@@ -164,25 +164,15 @@ function phaseFloats(model: Model): readonly number[] {
   return isUsual ? phases : [...phases, 7 * width + Math.max(2 * model.feedForwardLength, experts)];
 }
 
-/** No product over several slots takes more work memory. */
-const mostSpanWorkBytes = 16_777_216;
-/** A pass of so many tokens (one, or one and its guesses) computes all experts that are ready in one product. */
-const spanTokens = 8;
-
-/**
- * Bound of the work memory of one product over several slots: two 32-bit numbers for each slot spanned and each pair of
- * token and expert (ggml_compute_forward_mul_mat_id), for a pass of spanTokens over a pool that holds every stride. A
- * prompt's experts, with many rows each, lose nothing when they are computed one by one.
- */
+/** Bound of the work memory of one product over the slots of several experts; a dense model has no such product. */
 export function spanWorkBytes(model: Model): number {
-  const strides = model.strides.reduce((sum, set) => sum + set.strideCount, 0);
-  return Math.min(mostSpanWorkBytes, 8 * strides * spanTokens * model.expertUsedCount);
+  return model.expertCount === 0 ? 0 : 16_777_216;
 }
 
 /**
- * ffi/native/backend.cpp, Computer: rows gathered for one expert at a time, ids and indices; the delegate's work memory
- * for a product over a span of slots; and the routers' copies. The readers' bounce buffers are not in it: in a pool in
- * this process's memory no stride of a plan goes through one, and what is not touched takes no memory.
+ * ffi/native/backend.cpp, Computer: rows gathered for two experts at a time, ids and indices; the delegate's work
+ * memory for a product over a span of slots; and the routers' copies. The readers' bounce buffers are not in it: in a
+ * pool in this process's memory no stride of a plan goes through one, and what is not touched takes no memory.
  */
 function streamingBytes(model: Model, use: Use): number {
   let widest = 0;
@@ -191,7 +181,7 @@ function streamingBytes(model: Model, use: Use): number {
     widest = Math.max(widest, columns + rows);
   }
   const gather =
-    4 * use.ubatchTokens * widest + 20 * use.ubatchTokens * Math.max(1, model.expertCount) + 1_048_576;
+    2 * 4 * use.ubatchTokens * widest + 20 * use.ubatchTokens * Math.max(1, model.expertCount) + 1_048_576;
   return gather + spanWorkBytes(model) + predictionBytes(model);
 }
 

@@ -63,7 +63,7 @@ Computer::Computer(StreamState & device) : device_(device), delegate_(device.del
     leases_.resize(lease_capacity);
     computed_.resize(lease_capacity);
     ready_.resize(lease_capacity);
-    gather_pairs_ = tokens;
+    gather_pairs_ = 2 * tokens;
     wave_.resize(lease_capacity);
     wave_at_.resize(lease_capacity);
     place_.assign(largest, UINT32_MAX);
@@ -80,8 +80,8 @@ Computer::Computer(StreamState & device) : device_(device), delegate_(device.del
     params.no_alloc = true;
     meta_.reset(ggml_init(params));
     graph_ = ggml_new_graph_custom(meta_.get(), graph_nodes, false);
-    // Rows of one expert gathered and its products; ids; indices.
-    const uint64_t bytes = static_cast<uint64_t>(tokens) * (widest_in + widest_out) * sizeof(float) +
+    // Rows of one expert gathered and its products, two experts at a time; ids; indices.
+    const uint64_t bytes = 2 * (static_cast<uint64_t>(tokens) * (widest_in + widest_out) * sizeof(float)) +
                            static_cast<uint64_t>(tokens) * largest * sizeof(int32_t) + tokens * 64ull + (1u << 20);
     if (!scratch_.open(device.delegate.activation_buffer_type(), bytes)) {
         return;
