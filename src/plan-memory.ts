@@ -164,10 +164,8 @@ function phaseFloats(model: Model): readonly number[] {
   return isUsual ? phases : [...phases, 7 * width + Math.max(2 * model.feedForwardLength, experts)];
 }
 
-/** Bound of the work memory of one product over the slots of several experts; a dense model has no such product. */
-export function spanWorkBytes(model: Model): number {
-  return model.expertCount === 0 ? 0 : 16_777_216;
-}
+/** Bound of the work memory of one product over several slots. */
+export const spanWorkBytes = 16_777_216;
 
 /**
  * ffi/native/backend.cpp, Computer: rows gathered for two experts at a time, ids and indices; the delegate's work
@@ -182,7 +180,7 @@ function streamingBytes(model: Model, use: Use): number {
   }
   const gather =
     2 * 4 * use.ubatchTokens * widest + 20 * use.ubatchTokens * Math.max(1, model.expertCount) + 1_048_576;
-  return gather + spanWorkBytes(model) + predictionBytes(model);
+  return gather + spanWorkBytes + predictionBytes(model);
 }
 
 /** Distance of two slots: room for a stride at any page phase (min_slot_bytes of ffi/native/stream.h). */

@@ -310,7 +310,7 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
       prediction: expected.prediction,
       hugePages: true,
       touchThreads: Math.max(1, Math.floor(machine.computeCores / 2)), // loading and the first prompt go on beside them
-      spanWorkBytes: spanWorkBytes(model),
+      spanWorkBytes,
       touchedBytesPerToken: placement.classes.reduce(
         (sum, one) => sum + one.sets.reduce((all, set) => all + set.touchedCount * set.strideBytes, 0),
         0,
