@@ -95,6 +95,8 @@ const streaming = object({
     retryCount: whole(0, 1000),
     retryWaitNs: bytes,
     prefetchDepth: whole(0, 1024),
+    backgroundTokens: whole(0, 0x7fff_ffff),
+    backgroundDepth: whole(0, 1024),
   }),
   lookaheadStrides: whole(0, 0x7fff_ffff),
   prediction: nullable(

@@ -57,6 +57,9 @@ import { bytesText, countText } from "./text";
 
 export const retryCount = 8;
 export const retryWaitNs = 1_000_000;
+/** A wide pass asks for more than one look every few milliseconds keeps going; threads go on by themselves. */
+const backgroundTokens = 16;
+const backgroundDepth = 64;
 /**
  * Experts come in several small graphs a layer, and waking a sleeping thread for each costs more than its spinning:
  * 10 % more tokens a second (test/bench/NOTES.md). A dense model waits for the disk, where spinning is waste.
@@ -305,6 +308,8 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
         retryCount,
         retryWaitNs,
         prefetchDepth,
+        backgroundTokens: hasDense ? 0 : backgroundTokens,
+        backgroundDepth: hasDense ? 0 : backgroundDepth,
       },
       lookaheadStrides: lookahead,
       prediction: expected.prediction,
@@ -367,6 +372,15 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
             },
           ]
         : []),
+      ...(hasDense
+        ? []
+        : [
+            {
+              name: "background reads",
+              value: `for up to ${countText(backgroundTokens)} tokens at once`,
+              reason: "where the system can (Linux), no thread takes a core from those that compute",
+            },
+          ]),
       {
         name: "reader",
         value: `${countText(reader.threads)} threads, pieces of ${bytesText(reader.pieceBytes)}`,

@@ -121,6 +121,10 @@ export interface Streaming {
     readonly retryWaitNs: number;
     /** Reads under way beyond which none begins that nobody waits for; 0: no bound. */
     readonly prefetchDepth: number;
+    /** In passes of at most so many tokens the system reads in the background, where it can; 0: threads always do. */
+    readonly backgroundTokens: number;
+    /** Of those reads, under way at once. */
+    readonly backgroundDepth: number;
   };
   readonly lookaheadStrides: number;
   /** Null: routers are waited for. */

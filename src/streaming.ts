@@ -35,6 +35,8 @@ export interface StreamingCounters {
   readonly kernelBytes: number;
   readonly bounceBytes: number;
   readonly readerBusyNs: number;
+  /** Reads that the system did in the background, without a thread. */
+  readonly backgroundReads: number;
   readonly fallbackFiles: number;
   readonly resyncs: number;
   /** Time with at least one read under way. */

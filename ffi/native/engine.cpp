@@ -144,6 +144,8 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     s.reader.retry_count = u32(reader, "retryCount");
     s.reader.retry_wait_ns = u64(reader, "retryWaitNs");
     s.reader.prefetch_depth = u32(reader, "prefetchDepth");
+    s.reader.background_tokens = u32(reader, "backgroundTokens");
+    s.reader.background_depth = u32(reader, "backgroundDepth");
     s.lookahead_strides = u32(json, "lookaheadStrides");
     s.huge_pages = json.at("hugePages").get<bool>();
     s.touch_threads = u32(json, "touchThreads");
@@ -718,6 +720,7 @@ std::string Engine::streaming_json() const {
         {"kernelBytes", counters.reader.kernel_bytes},
         {"bounceBytes", counters.reader.bounce_bytes},
         {"readerBusyNs", counters.reader.busy_ns},
+        {"backgroundReads", counters.background.read_count},
         {"fallbackFiles", counters.fallback_files},
         {"resyncs", counters.resyncs},
         {"readingNs", counters.reading_ns},

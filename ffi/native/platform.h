@@ -183,6 +183,39 @@ private:
     std::unique_ptr<Impl> impl_;
 };
 
+// Direct reads that the kernel does behind the caller's back, several begun by one call: Linux's asynchronous I/O
+// (io_submit(2)), which ends them in the disk's interrupt and wakes nobody but who waits.
+class AsyncReads {
+public:
+    struct Read {
+        int descriptor;
+        uint64_t offset;
+        Span<std::byte> into;
+        uint32_t tag;
+    };
+    struct Done {
+        uint32_t tag;
+        int64_t result; // bytes or -errno
+    };
+
+    AsyncReads();
+    ~AsyncReads(); // waits for what is under way
+    AsyncReads(const AsyncReads&) = delete;
+    AsyncReads& operator=(const AsyncReads&) = delete;
+    // So many at once. 0 or -errno: -ENOSYS where the system has no such thing, -EAGAIN where others have it all.
+    int open(uint32_t depth);
+    // How many of the first ones were begun.
+    uint32_t begin(Span<const Read> reads);
+    // That wait() would give at once; no system call.
+    uint32_t done_count() const;
+    // Until one is done or so much time has passed: how many are. Beside the other calls, by one thread at a time.
+    uint32_t wait(Span<Done> done, uint64_t most_ns);
+
+private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
 uint64_t now_ns(); // monotonic
 void sleep_ns(uint64_t duration_ns);
 void name_thread(const char* name); // the calling thread; at most 15 characters are kept

@@ -212,6 +212,22 @@ int ReadRing::wait(Done*) {
     return -ENOSYS;
 }
 
+struct AsyncReads::Impl {};
+AsyncReads::AsyncReads() = default;
+AsyncReads::~AsyncReads() = default;
+int AsyncReads::open(uint32_t) {
+    return -ENOSYS; // threads read
+}
+uint32_t AsyncReads::begin(Span<const Read>) {
+    return 0;
+}
+uint32_t AsyncReads::done_count() const {
+    return 0;
+}
+uint32_t AsyncReads::wait(Span<Done>, uint64_t) {
+    return 0;
+}
+
 uint64_t now_ns() {
     return clock_gettime_nsec_np(CLOCK_UPTIME_RAW);
 }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <ctime>
 #include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <linux/io_uring.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -320,6 +321,86 @@ int ReadRing::wait(Done* done) {
     *done = {entry.user_data, entry.res};
     __atomic_store_n(head, next + 1, __ATOMIC_RELEASE);
     return 0;
+}
+
+struct AsyncReads::Impl {
+    // What the kernel shares at the context's address, as its fs/aio.c lays it out.
+    struct Ring {
+        uint32_t id;
+        uint32_t event_count;
+        uint32_t head;
+        uint32_t tail;
+        uint32_t magic;
+    };
+    static constexpr uint32_t kMagic = 0xa10a10a1;
+
+    aio_context_t context = 0;
+    std::vector<iocb> requests;
+    std::vector<iocb*> batch;
+    std::vector<io_event> events;
+
+    ~Impl() {
+        if (context != 0) {
+            syscall(__NR_io_destroy, context);
+        }
+    }
+    const Ring* ring() const { return reinterpret_cast<const Ring*>(context); }
+};
+
+AsyncReads::AsyncReads() = default;
+AsyncReads::~AsyncReads() = default;
+
+int AsyncReads::open(uint32_t depth) {
+    auto impl = std::make_unique<Impl>();
+    if (syscall(__NR_io_setup, depth, &impl->context) != 0) {
+        impl->context = 0;
+        return -errno;
+    }
+    if (impl->ring()->magic != Impl::kMagic) {
+        return -ENOSYS;
+    }
+    impl->requests.resize(depth);
+    impl->batch.resize(depth);
+    impl->events.resize(depth);
+    impl_ = std::move(impl);
+    return 0;
+}
+
+uint32_t AsyncReads::begin(Span<const Read> reads) {
+    Impl& impl = *impl_;
+    const auto count = std::min<uint32_t>(reads.count, static_cast<uint32_t>(impl.requests.size()));
+    for (uint32_t i = 0; i < count; i++) {
+        iocb& request = impl.requests[i]; // the kernel has its copy when the call returns
+        request = iocb{};
+        request.aio_data = reads[i].tag;
+        request.aio_lio_opcode = IOCB_CMD_PREAD;
+        request.aio_fildes = static_cast<uint32_t>(reads[i].descriptor);
+        request.aio_buf = reinterpret_cast<uint64_t>(reads[i].into.data);
+        request.aio_nbytes = reads[i].into.count;
+        request.aio_offset = static_cast<int64_t>(reads[i].offset);
+        impl.batch[i] = &request;
+    }
+    const long begun = syscall(__NR_io_submit, impl.context, static_cast<long>(count), impl.batch.data());
+    return begun > 0 ? static_cast<uint32_t>(begun) : 0;
+}
+
+uint32_t AsyncReads::done_count() const {
+    const Impl::Ring* ring = impl_->ring();
+    const uint32_t tail = __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
+    const uint32_t head = __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE);
+    return head <= tail ? tail - head : ring->event_count - head + tail;
+}
+
+uint32_t AsyncReads::wait(Span<Done> done, uint64_t most_ns) {
+    Impl& impl = *impl_;
+    constexpr uint64_t second = 1'000'000'000;
+    timespec most{static_cast<time_t>(most_ns / second), static_cast<long>(most_ns % second)};
+    const long wanted = std::min<long>(done.count, static_cast<long>(impl.events.size()));
+    const long ended = syscall(__NR_io_getevents, impl.context, most_ns > 0 ? 1L : 0L, wanted, impl.events.data(), &most);
+    for (long i = 0; i < ended; i++) {
+        done[static_cast<uint32_t>(i)] = {static_cast<uint32_t>(impl.events[i].data), impl.events[i].res};
+    }
+    return ended > 0 ? static_cast<uint32_t>(ended) : 0;
 }
 
 uint64_t now_ns() {

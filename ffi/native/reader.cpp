@@ -112,6 +112,52 @@ void FileSource::drop_cached(uint32_t file_index, platform::FileRange range) {
     platform::drop_cached(files_[file_index].buffered, range);
 }
 
+namespace {
+
+class FileBackgroundReads final : public BackgroundReads {
+public:
+    // By file; negative where there is no direct access.
+    explicit FileBackgroundReads(std::vector<int> descriptors) : descriptors_(std::move(descriptors)) {}
+    bool open(uint32_t depth) {
+        begun_.resize(depth);
+        done_.resize(depth);
+        return reads_.open(depth) == 0;
+    }
+    uint32_t begin(Span<const Read> reads) override {
+        const auto count = std::min<uint32_t>(reads.count, static_cast<uint32_t>(begun_.size()));
+        for (uint32_t i = 0; i < count; i++) {
+            begun_[i] = {descriptors_[reads[i].place.file_index], reads[i].place.offset, reads[i].into, reads[i].tag};
+        }
+        return reads_.begin({begun_.data(), count});
+    }
+    uint32_t done_count() override { return reads_.done_count(); }
+    uint32_t wait(Span<Done> done, uint64_t most_ns) override {
+        const auto most = std::min<uint32_t>(done.count, static_cast<uint32_t>(done_.size()));
+        const uint32_t count = reads_.wait({done_.data(), most}, most_ns);
+        for (uint32_t i = 0; i < count; i++) {
+            done[i] = {done_[i].tag, done_[i].result};
+        }
+        return count;
+    }
+
+private:
+    std::vector<int> descriptors_;
+    std::vector<platform::AsyncReads::Read> begun_;
+    std::vector<platform::AsyncReads::Done> done_;
+    platform::AsyncReads reads_;
+};
+
+} // namespace
+
+std::unique_ptr<BackgroundReads> FileSource::background_reads(uint32_t depth) {
+    std::vector<int> descriptors;
+    for (const File& file : files_) {
+        descriptors.push_back(file.direct);
+    }
+    auto reads = std::make_unique<FileBackgroundReads>(std::move(descriptors));
+    return reads->open(depth) ? std::move(reads) : nullptr;
+}
+
 // ---- ReadQueue
 
 void ReadQueue::open(uint32_t job_count, const ReadSpec& spec) {
@@ -414,6 +460,105 @@ bool PieceReader::deliver(const Piece& piece, Span<const std::byte> bytes, Piece
         return false;
     }
     return true;
+}
+
+// ---- BackgroundReader
+
+bool BackgroundReader::open(ReadSource* source, const FileModes* modes, uint32_t depth) {
+    source_ = source;
+    modes_ = modes;
+    under_way_.assign(depth, UnderWay{});
+    begun_.resize(depth);
+    done_.resize(depth);
+    under_way_count_ = synchronous_count_ = 0;
+    looked_ns_ = awaited_ns_ = awaited_count_ = 0;
+    reads_ = depth > 0 ? source->background_reads(depth) : nullptr;
+    return is_open();
+}
+
+void BackgroundReader::close() {
+    HY_CHECK(under_way_count_ == 0);
+    reads_.reset();
+}
+
+bool BackgroundReader::takes(const Piece& piece) const {
+    return piece.host != nullptr && piece.in_place && modes_->access(piece.from.file_index) == Access::kDirect;
+}
+
+void BackgroundReader::begin(ReadQueue* queue, std::vector<Piece>* left) {
+    uint32_t count = 0;
+    const uint64_t now_ns = platform::now_ns();
+    for (uint32_t tag = 0; tag < under_way_.size(); tag++) {
+        UnderWay& one = under_way_[tag];
+        if (one.used) {
+            continue;
+        }
+        bool taken = false;
+        while (!taken && left->size() < under_way_.size() && queue->next(&one.piece)) {
+            taken = takes(one.piece);
+            if (!taken) {
+                left->push_back(one.piece);
+            }
+        }
+        if (!taken) {
+            break;
+        }
+        const Piece& piece = one.piece;
+        const uint64_t base = page_floor(piece.from.offset);
+        const auto bytes = static_cast<uint32_t>(page_ceil(piece.from.offset + piece.bytes) - base);
+        std::byte* into = piece.host + piece.slot_offset - (piece.from.offset - base);
+        begun_[count++] = {{piece.from.file_index, base}, {into, bytes}, tag};
+        one.begun_ns = now_ns;
+        one.used = true;
+    }
+    if (count == 0) {
+        return;
+    }
+    const uint32_t begun = reads_->begin({begun_.data(), count});
+    for (uint32_t i = begun; i < count; i++) { // the system has no room for them now
+        UnderWay& one = under_way_[begun_[i].tag];
+        left->push_back(one.piece);
+        one.used = false;
+    }
+    under_way_count_ += begun;
+    const bool at_once = begun > 0 && reads_->done_count() == under_way_count_;
+    synchronous_count_ = at_once ? synchronous_count_ + 1 : 0;
+}
+
+uint32_t BackgroundReader::look(uint64_t now_ns) {
+    if (under_way_count_ == 0 || reads_->done_count() == 0) {
+        looked_ns_ = now_ns;
+        return 0;
+    }
+    return wait(0);
+}
+
+uint32_t BackgroundReader::wait(uint64_t most_ns) {
+    return reads_->wait({done_.data(), static_cast<uint32_t>(done_.size())}, most_ns);
+}
+
+BackgroundReader::Ended BackgroundReader::end(uint32_t i, bool awaited, uint64_t now_ns) {
+    UnderWay& one = under_way_[done_[i].tag];
+    HY_CHECK(one.used);
+    one.used = false;
+    under_way_count_--;
+    const int64_t got = done_[i].result;
+    const uint64_t wanted = one.piece.from.offset % kDirectAlign + one.piece.bytes;
+    Ended ended{one.piece, {}, now_ns, got >= static_cast<int64_t>(wanted)};
+    if (awaited) {
+        awaited_ns_ += now_ns - one.begun_ns;
+        awaited_count_++;
+    } else {
+        const uint64_t usual_ns = one.begun_ns + (awaited_count_ == 0 ? 0 : awaited_ns_ / awaited_count_);
+        ended.ended_ns = std::min(std::max({usual_ns, looked_ns_, one.begun_ns}), now_ns);
+    }
+    ended.result.read_count = 1;
+    ended.result.kernel_bytes = got > 0 ? static_cast<uint64_t>(got) : 0;
+    ended.result.busy_ns = ended.ended_ns - one.begun_ns;
+    if (ended.is_whole && !source_->unchanged(one.piece.from.file_index)) {
+        ended.result.error = {ReadFault::kChanged, 0, one.piece.from.file_index, one.piece.from.offset};
+    }
+    return ended;
 }
 
 // ---- ReaderThreads

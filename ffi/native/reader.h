@@ -63,6 +63,28 @@ struct ReadError {
 // Writes "FILE at offset N: reason" (always terminated).
 void describe(const ReadError& error, const char* path, Span<char> text);
 
+// Direct reads that go on by themselves once they are begun. Its owner guards it, but for wait(), which one thread at a time
+// may call beside the rest.
+class BackgroundReads {
+public:
+    struct Read {
+        FilePlace place;
+        Span<std::byte> into; // aligned, as the rest
+        uint32_t tag;
+    };
+    struct Done {
+        uint32_t tag;
+        int64_t result; // as of ReadSource::read
+    };
+
+    virtual ~BackgroundReads() = default; // waits for what is under way
+    // How many of the first ones were begun.
+    virtual uint32_t begin(Span<const Read> reads) = 0;
+    virtual uint32_t done_count() = 0; // that wait() would give at once
+    // Until one is done or so much time has passed: how many are.
+    virtual uint32_t wait(Span<Done> done, uint64_t most_ns) = 0;
+};
+
 // Where bytes come from. Called by several threads at once, without a lock.
 class ReadSource {
 public:
@@ -76,6 +98,8 @@ public:
     virtual bool unchanged(uint32_t file_index) = 0;
     virtual const char* path(uint32_t file_index) const = 0;
     virtual void drop_cached(uint32_t, platform::FileRange) {}
+    // So many at once; null where there is no such thing. The source outlives them.
+    virtual std::unique_ptr<BackgroundReads> background_reads(uint32_t) { return nullptr; }
 };
 
 // Where bytes go: one region of slots for each class. `upload` is called by several threads at once.
@@ -98,6 +122,10 @@ struct ReadSpec {
     // No piece that nobody waits for is begun while so many are under way: a disk that few reads keep busy shares itself
     // among all it has, and what is waited for comes later. 0: as many as there are threads.
     uint32_t prefetch_depth = 0;
+    // In passes of at most so many tokens what needs one read is read in the background, where the source can do that: no
+    // thread is woken for it, and none takes a core from those that compute. 0: never.
+    uint32_t background_tokens = 0;
+    uint32_t background_depth = 0; // of those reads, under way at once
 };
 
 // The real files, read only. Each is opened twice (direct, buffered), so that a fallback needs no path any more.
@@ -114,6 +142,7 @@ public:
     bool unchanged(uint32_t file_index) override;
     const char* path(uint32_t file_index) const override { return files_[file_index].path.c_str(); }
     void drop_cached(uint32_t file_index, platform::FileRange range) override;
+    std::unique_ptr<BackgroundReads> background_reads(uint32_t depth) override;
 
 private:
     struct File {
@@ -265,6 +294,59 @@ private:
     FileModes* modes_ = nullptr;
     ReadSpec spec_{};
     platform::Memory bounce_;
+};
+
+// Executes pieces without a thread: whoever holds the owner's lock begins them and takes in what has ended. A piece that one
+// read does not bring (it goes through a bounce buffer or the page cache, came short or failed) is left to the threads.
+// The owner guards it, but for wait().
+class BackgroundReader {
+public:
+    struct Ended {
+        Piece piece;
+        PieceResult result;
+        uint64_t ended_ns;
+        bool is_whole; // else a thread has to read it
+    };
+
+    // False where the source has no such reads.
+    bool open(ReadSource* source, const FileModes* modes, uint32_t depth);
+    // Nothing may be under way.
+    void close();
+    bool is_open() const { return reads_ != nullptr; }
+    uint32_t under_way_count() const { return under_way_count_; }
+    // Begins what may begin of the queue; what is left to the threads is appended, while that is shorter than the depth.
+    void begin(ReadQueue* queue, std::vector<Piece>* left);
+    // Reads are over when they have been begun, time after time: the file system does them there and then, and computing
+    // waits meanwhile.
+    bool is_synchronous() const { return synchronous_count_ >= kProof; }
+    // How many have ended by now: end() takes each.
+    uint32_t look(uint64_t now_ns);
+    uint32_t wait(uint64_t most_ns);
+    // awaited: by wait(). When a read ended that nobody awaited is not known: it counts as long as the mean of those that
+    // somebody did, within the two looks between which it ended.
+    Ended end(uint32_t i, bool awaited, uint64_t now_ns);
+
+private:
+    static constexpr uint32_t kProof = 8;
+    struct UnderWay {
+        Piece piece{};
+        uint64_t begun_ns = 0;
+        bool used = false;
+    };
+
+    bool takes(const Piece& piece) const;
+
+    ReadSource* source_ = nullptr;
+    const FileModes* modes_ = nullptr;
+    std::unique_ptr<BackgroundReads> reads_;
+    std::vector<UnderWay> under_way_; // by tag
+    std::vector<BackgroundReads::Read> begun_;
+    std::vector<BackgroundReads::Done> done_;
+    uint32_t under_way_count_ = 0;
+    uint32_t synchronous_count_ = 0; // in a row
+    uint64_t looked_ns_ = 0;
+    uint64_t awaited_ns_ = 0; // of all reads that were awaited
+    uint64_t awaited_count_ = 0;
 };
 
 // What reader threads work for.

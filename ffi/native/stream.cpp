@@ -82,6 +82,10 @@ std::string refuse_reader(const ReadSpec& spec) {
     if (spec.piece_bytes == 0 || spec.piece_bytes % platform::kDirectAlign != 0) {
         return "piece_bytes is " + number(spec.piece_bytes) + ", not a multiple of " + number(platform::kDirectAlign);
     }
+    constexpr uint32_t most_background = 1024;
+    if (spec.background_depth > most_background) {
+        return "background_depth is " + number(spec.background_depth) + ", more than " + number(most_background);
+    }
     return "";
 }
 
@@ -278,8 +282,11 @@ void Stream::adopt(const StreamPlan& plan, PoolMemory* pool) {
     class_snapshot_ = std::make_unique<ClassCounters[]>(class_count_);
     last_error_ = ReadError{};
     resync_count_ = 0;
-    idle_readers_ = slot_waiters_ = drain_waiters_ = 0;
-    stopping_ = interrupted_ = false;
+    idle_readers_ = sleepers_ = slot_waiters_ = drain_waiters_ = 0;
+    background_counters_ = ReaderCounters{};
+    background_tokens_ = 0;
+    left_.clear();
+    in_background_ = stopping_ = interrupted_ = false;
 }
 
 bool Stream::open(const StreamPlan& plan, ReadSource* source, PoolMemory* pool, std::string* error) {
@@ -305,6 +312,15 @@ bool Stream::open(const StreamPlan& plan, ReadSource* source, PoolMemory* pool, 
                  number(plan.reader.piece_bytes) + " bytes: take fewer or smaller ones";
         return false;
     }
+    bool hosted = true; // or each piece is uploaded, which takes a thread
+    for (uint32_t i = 0; i < class_count_; i++) {
+        hosted = hosted && pool->host(i) != nullptr;
+    }
+    if (hosted && background_.open(source, &modes_, plan.reader.background_depth)) {
+        MutexLock lock(mutex_);
+        background_tokens_ = plan.reader.background_tokens;
+        left_.reserve(2 * plan.reader.background_depth); // dispatch() adds to no more than half of that
+    }
     open_ = true;
     return true;
 }
@@ -324,9 +340,13 @@ void Stream::close() {
         for (uint32_t i = 0; i < class_count_; i++) {
             HY_CHECK(classes_[i].pinned == 0);
         }
+        while (background_.under_way_count() > 0) {
+            rest();
+        }
         work_.notify_all();
     }
     threads_.join();
+    background_.close();
     MutexLock lock(mutex_);
     if (trace_ != nullptr) {
         for (uint32_t i = 0; i < class_count_; i++) {
@@ -351,7 +371,12 @@ bool Stream::take(Piece* piece) {
         if (stopping_) {
             return false;
         }
-        if (queue_.next(piece)) {
+        if (!left_.empty()) {
+            *piece = left_.front();
+            left_.erase(left_.begin());
+            return true;
+        }
+        if (!in_background_ && queue_.next(piece)) {
             if (idle_readers_ > 0 && queue_.startable_pieces() > 0) {
                 work_.notify_one();
             }
@@ -365,17 +390,23 @@ bool Stream::take(Piece* piece) {
 
 void Stream::finish(uint32_t thread_index, const Piece& piece, const PieceResult& result) {
     MutexLock lock(mutex_);
-    ReaderCounters& counters = thread_counters_[thread_index];
-    counters.read_count += result.read_count;
-    counters.kernel_bytes += result.kernel_bytes;
-    counters.bounce_bytes += result.bounce_bytes;
-    counters.retry_count += result.retry_count;
-    counters.busy_ns += result.busy_ns;
-    counters.delivered_bytes += result.error.fault == ReadFault::kNone ? piece.bytes : 0;
+    finish_piece(piece, result, platform::now_ns(), &thread_counters_[thread_index]);
+    if (in_background_) {
+        dispatch(); // a thread takes no more than what is left to it
+    }
+}
+
+void Stream::finish_piece(const Piece& piece, const PieceResult& result, uint64_t ended_ns, ReaderCounters* counters) {
+    counters->read_count += result.read_count;
+    counters->kernel_bytes += result.kernel_bytes;
+    counters->bounce_bytes += result.bounce_bytes;
+    counters->retry_count += result.retry_count;
+    counters->busy_ns += result.busy_ns;
+    counters->delivered_bytes += result.error.fault == ReadFault::kNone ? piece.bytes : 0;
     ReadQueue::Outcome outcome = queue_.finish(piece, result.error);
     if (outcome != ReadQueue::Outcome::kPending) {
         end_read(piece.job_index, outcome);
-        note_activity();
+        note_activity(ended_ns);
     }
 }
 
@@ -414,9 +445,76 @@ void Stream::end_read(uint32_t job_index, ReadQueue::Outcome outcome) {
     }
 }
 
-void Stream::wake_readers() {
-    for (uint64_t i = std::min<uint64_t>(queue_.startable_pieces(), idle_readers_); i > 0; i--) {
+// Hands out what may begin: to the background, or to threads that sleep.
+void Stream::dispatch() {
+    look();
+    if (in_background_ && !stopping_) {
+        background_.begin(&queue_, &left_);
+        if (background_.is_synchronous()) {
+            background_tokens_ = 0;
+            in_background_ = false;
+        }
+    }
+    if (sleepers_ > 0 && !collecting_ && background_.under_way_count() > 0) {
+        changed_.notify_all(); // one of them has to collect
+    }
+    uint64_t pieces = left_.size() + (in_background_ ? 0 : queue_.startable_pieces());
+    for (uint64_t i = std::min<uint64_t>(pieces, idle_readers_); i > 0; i--) {
         work_.notify_one();
+    }
+}
+
+void Stream::end_background(uint32_t count, bool awaited) {
+    const uint64_t now_ns = platform::now_ns();
+    uint64_t ended_ns = 0; // of the last of them
+    for (uint32_t i = 0; i < count; i++) {
+        const BackgroundReader::Ended ended = background_.end(i, awaited, now_ns);
+        ended_ns = std::max(ended_ns, ended.ended_ns);
+        if (ended.is_whole) {
+            finish_piece(ended.piece, ended.result, ended_ns, &background_counters_);
+        } else {
+            background_counters_.read_count += ended.result.read_count;
+            background_counters_.kernel_bytes += ended.result.kernel_bytes;
+            left_.push_back(ended.piece);
+            work_.notify_one();
+        }
+    }
+}
+
+// Takes in what has ended in the background; false when nothing has.
+bool Stream::look() {
+    if (collecting_ || background_.under_way_count() == 0) {
+        return false;
+    }
+    const uint32_t count = background_.look(platform::now_ns());
+    end_background(count, false);
+    return count > 0;
+}
+
+// Waits for a read in the background. False when there is none, or another consumer does that.
+bool Stream::collect() {
+    if (collecting_ || background_.under_way_count() == 0) {
+        return false;
+    }
+    if (!look()) {
+        constexpr uint64_t patience_ns = 20'000'000; // after which an interrupt is noticed
+        collecting_ = true;
+        mutex_.unlock();
+        const uint32_t count = background_.wait(patience_ns);
+        mutex_.lock();
+        collecting_ = false;
+        end_background(count, true);
+    }
+    dispatch(); // and another sleeper, if there is one, goes on collecting
+    return true;
+}
+
+// Until something may have changed.
+void Stream::rest() {
+    if (!collect()) {
+        sleepers_++;
+        changed_.wait(mutex_);
+        sleepers_--;
     }
 }
 
@@ -438,6 +536,11 @@ void Stream::begin_pass(uint32_t token_count) {
     }
     for (uint32_t i = 0; i < class_count_; i++) {
         classes_[i].cache.begin_pass(token_count);
+    }
+    const bool before = in_background_;
+    in_background_ = token_count <= background_tokens_;
+    if (before != in_background_) {
+        dispatch(); // what is queued still
     }
 }
 
@@ -533,6 +636,7 @@ void Stream::clear_full() {
 
 BeginResult Stream::begin(Span<Lease> leases, Holding holding) {
     MutexLock lock(mutex_);
+    look();
     BeginResult result;
     if (trace_ != nullptr && !interrupted_) {
         trace_->begin({leases.data, leases.count});
@@ -580,7 +684,7 @@ BeginResult Stream::begin(Span<Lease> leases, Holding holding) {
     }
     start_reads(leases, &result);
     note_order(leases);
-    wake_readers();
+    dispatch();
     return result;
 }
 
@@ -623,30 +727,29 @@ void Stream::submit(uint32_t stride_index, Urgency urgency) {
     uint32_t slot = c.cache.slot(stride.local);
     std::byte* host = c.host == nullptr ? nullptr : c.host + slot * c.spec.slot_bytes;
     queue_.submit(c.first_job + slot, {stride.extents, {stride.class_index, slot}, host, stride.phase_bytes}, urgency);
-    note_activity();
+    note_activity(platform::now_ns());
 }
 
 void Stream::cancel_read(uint32_t job_index) {
     if (queue_.cancel(job_index) == ReadQueue::Cancelled::kRemoved) {
         end_read(job_index, ReadQueue::Outcome::kCancelled);
-        note_activity();
+        note_activity(platform::now_ns());
     }
 }
 
 // The disk's share of the time: from the first read under way to the last.
-void Stream::note_activity() {
+void Stream::note_activity(uint64_t now_ns) {
     bool active = queue_.active_count() > 0;
     if (active == (reading_since_ns_ != 0)) {
         return;
     }
-    uint64_t now = platform::now_ns();
-    reading_ns_ += active ? 0 : now - reading_since_ns_;
-    reading_since_ns_ = active ? now : 0;
+    reading_ns_ += active ? 0 : now_ns - reading_since_ns_;
+    reading_since_ns_ = active ? now_ns : 0;
 }
 
 void Stream::sleep(uint32_t class_index) {
     uint64_t start_ns = platform::now_ns();
-    changed_.wait(mutex_);
+    rest();
     uint64_t waited_ns = platform::now_ns() - start_ns;
     classes_[class_index].counters.stall_ns += waited_ns;
     if (trace_ != nullptr) {
@@ -672,6 +775,7 @@ Status Stream::wait(Lease* lease) {
 
 Status Stream::wait_some(Span<Lease> leases) {
     MutexLock lock(mutex_);
+    dispatch();
     for (;;) {
         bool failed = false;
         bool ready = false;
@@ -715,7 +819,7 @@ void Stream::release(Span<Lease> leases) {
         changed_.notify_all();
     }
     look_ahead();
-    wake_readers();
+    dispatch();
 }
 
 // ---- prefetch
@@ -732,7 +836,7 @@ uint32_t Stream::prefetch(Span<const uint32_t> strides) {
             started++;
         }
     }
-    wake_readers();
+    dispatch();
     return started;
 }
 
@@ -827,7 +931,7 @@ void Stream::drain() {
     }
     drain_waiters_++;
     while (queue_.active_count() > 0) {
-        changed_.wait(mutex_);
+        rest();
     }
     drain_waiters_--;
 }
@@ -849,6 +953,7 @@ void Stream::describe_error(const ReadError& error, Span<char> text) const {
 
 StreamCounters Stream::counters() {
     MutexLock lock(mutex_);
+    dispatch();
     StreamCounters counters;
     for (uint32_t i = 0; i < class_count_; i++) {
         class_snapshot_[i] = classes_[i].counters;
@@ -858,6 +963,8 @@ StreamCounters Stream::counters() {
         thread_snapshot_[i] = thread_counters_[i];
         add(&counters.reader, thread_snapshot_[i]);
     }
+    counters.background = background_counters_;
+    add(&counters.reader, background_counters_);
     counters.classes = {class_snapshot_.get(), class_count_};
     counters.threads = {thread_snapshot_.get(), thread_count_};
     counters.fallback_files = modes_.fallback_count();
@@ -907,6 +1014,7 @@ void Stream::check() {
     for (uint32_t i = 0; i < thread_count_; i++) {
         delivered_bytes += thread_counters_[i].delivered_bytes;
     }
+    delivered_bytes += background_counters_.delivered_bytes;
     HY_CHECK(accounted_bytes == delivered_bytes);
 }
 

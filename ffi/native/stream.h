@@ -179,6 +179,7 @@ struct ClassCounters {
 struct StreamCounters {
     Span<const ClassCounters> classes; // valid until the next call of counters()
     Span<const ReaderCounters> threads;
+    ReaderCounters background; // what no thread read
     ClassCounters total;
     ReaderCounters reader;
     uint32_t fallback_files = 0; // wanted direct, read buffered
@@ -262,7 +263,13 @@ private:
 
     bool take(Piece* piece) override HY_EXCLUDES(mutex_);
     void finish(uint32_t thread_index, const Piece& piece, const PieceResult& result) override HY_EXCLUDES(mutex_);
+    void finish_piece(const Piece& piece, const PieceResult& result, uint64_t ended_ns, ReaderCounters* counters)
+        HY_REQUIRES(mutex_);
     void end_read(uint32_t job_index, ReadQueue::Outcome outcome) HY_REQUIRES(mutex_);
+    void end_background(uint32_t count, bool awaited) HY_REQUIRES(mutex_);
+    bool look() HY_REQUIRES(mutex_);
+    bool collect() HY_REQUIRES(mutex_);
+    void rest() HY_REQUIRES(mutex_);
 
     bool pin_present(Lease* lease) HY_REQUIRES(mutex_);
     bool find_slot(Lease* lease) HY_REQUIRES(mutex_);
@@ -272,14 +279,14 @@ private:
     void start_reads(Span<Lease> leases, BeginResult* result) HY_REQUIRES(mutex_);
     void submit(uint32_t stride_index, Urgency urgency) HY_REQUIRES(mutex_);
     void cancel_read(uint32_t job_index) HY_REQUIRES(mutex_);
-    void note_activity() HY_REQUIRES(mutex_);
+    void note_activity(uint64_t now_ns) HY_REQUIRES(mutex_);
     void unpin(Lease* lease) HY_REQUIRES(mutex_);
     void fill(Lease* lease) HY_REQUIRES(mutex_);
     void sleep(uint32_t class_index) HY_REQUIRES(mutex_);
     void note_order(Span<Lease> leases) HY_REQUIRES(mutex_);
     void look_ahead() HY_REQUIRES(mutex_);
     void abandon_lookahead() HY_REQUIRES(mutex_);
-    void wake_readers() HY_REQUIRES(mutex_);
+    void dispatch() HY_REQUIRES(mutex_);
     uint32_t job_of(const Stride& stride) const HY_REQUIRES(mutex_);
     bool cyclic(uint32_t class_index) const HY_REQUIRES(mutex_);
 
@@ -296,6 +303,13 @@ private:
     uint32_t lookahead_strides_ = 0;
     bool open_ = false;
 
+    // Guarded too, but for the wait() of the one consumer that collects.
+    BackgroundReader background_;
+    bool collecting_ HY_GUARDED_BY(mutex_) = false;
+    bool in_background_ HY_GUARDED_BY(mutex_) = false; // this pass's reads, and not by threads
+    uint32_t background_tokens_ HY_GUARDED_BY(mutex_) = 0;
+    std::vector<Piece> left_ HY_GUARDED_BY(mutex_); // to the threads, which take them first
+
     ReadQueue queue_ HY_GUARDED_BY(mutex_);
     CyclicOrder order_ HY_GUARDED_BY(mutex_);
     std::unique_ptr<Extent[]> extents_;
@@ -306,9 +320,11 @@ private:
     std::unique_ptr<ReaderCounters[]> thread_counters_ HY_GUARDED_BY(mutex_);
     std::unique_ptr<ClassCounters[]> class_snapshot_ HY_GUARDED_BY(mutex_);
     std::unique_ptr<ReaderCounters[]> thread_snapshot_ HY_GUARDED_BY(mutex_);
+    ReaderCounters background_counters_ HY_GUARDED_BY(mutex_);
     ReadError last_error_ HY_GUARDED_BY(mutex_);
     uint32_t thread_count_ = 0;
     uint32_t idle_readers_ HY_GUARDED_BY(mutex_) = 0;
+    uint32_t sleepers_ HY_GUARDED_BY(mutex_) = 0;      // consumers at changed_
     uint32_t slot_waiters_ HY_GUARDED_BY(mutex_) = 0;  // consumers that need any slot
     uint32_t drain_waiters_ HY_GUARDED_BY(mutex_) = 0; // that need the queue to be empty
     uint64_t resync_count_ HY_GUARDED_BY(mutex_) = 0;

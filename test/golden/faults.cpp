@@ -6,6 +6,7 @@
 // reference's tokens or an error event that names the file and an offset, and the next fault-free generation must be
 // right. Prints one JSON line with the tally; exit status 0 when nothing was wrong.
 #include "../../ffi/native/engine.h"
+#include "../native/fake_background.h"
 
 #include <atomic>
 #include <cerrno>
@@ -48,6 +49,9 @@ public:
     int64_t bytes_now(uint32_t file) override {
         return mischief_.fault == kShrank ? files_.bytes_now(file) * static_cast<int64_t>(mischief_.at % 1000) / 1000
                                           : files_.bytes_now(file);
+    }
+    std::unique_ptr<hypura::BackgroundReads> background_reads(uint32_t depth) override {
+        return std::make_unique<FakeBackground>(*this, FakeBackground::Options{depth, mix(mischief_.seed), false, [] { return false; }});
     }
     bool unchanged(uint32_t file) override { return mischief_.fault != kReplaced && files_.unchanged(file); }
 

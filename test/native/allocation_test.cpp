@@ -53,6 +53,8 @@ using namespace hypura;
 int main() {
     StreamRig rig;
     rig.plan.reader = {3, 8192, true, false, 64, 1000};
+    rig.plan.reader.background_tokens = 8; // every other pass
+    rig.plan.reader.background_depth = 5;
     CachePolicy lfu;
     lfu.kind = PolicyKind::kLfuDecay;
     lfu.half_life_tokens = 1; // rescales on the way
@@ -78,7 +80,7 @@ int main() {
     Random random{5};
     uint64_t failures = 0;
     for (uint32_t pass = 0; pass < 200; pass++) {
-        rig.stream.begin_pass(8);
+        rig.stream.begin_pass(8 + pass % 2);
         for (uint32_t at = 0; at < 24; at++) {
             Lease leases[9];
             for (uint32_t i = 0; i < 8; i++) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "check.h"
+#include "fake_background.h"
 #include "reader.h"
 
 #include <algorithm>
@@ -67,6 +68,8 @@ class FakeSource final : public hypura::ReadSource {
 public:
     explicit FakeSource(std::vector<uint64_t> file_bytes) : file_bytes_(std::move(file_bytes)) {}
 
+    bool reads_at_once = false; // what is to be read in the background
+
     // Only while no read is in flight.
     void set(const Faults& faults) {
         faults_ = faults;
@@ -112,6 +115,14 @@ public:
         }
         fill_pattern(place, {into.data, n});
         return n;
+    }
+
+    std::unique_ptr<hypura::BackgroundReads> background_reads(uint32_t depth) override {
+        return std::make_unique<FakeBackground>(
+            *this, FakeBackground::Options{depth, faults_.seed, reads_at_once, [this] {
+                                               std::lock_guard<std::mutex> lock(mutex_);
+                                               return closed_;
+                                           }});
     }
 
     // A closed gate holds reads back; places that passed are recorded while recording.

@@ -223,7 +223,7 @@ void prefetch_waits_for_room() {
     CHECK(queue.finish(demand[1], {}) == ReadQueue::Outcome::kDone && queue.startable_pieces() == 0);
 }
 
-void real_file() {
+void read_real_file(bool in_background) {
     char name[] = "reader_test.XXXXXX"; // in the current folder: a file system that may have direct reads
     int descriptor = mkstemp(name);
     CHECK(descriptor >= 0);
@@ -251,11 +251,14 @@ void real_file() {
     plan.extents.push_back({0, file_bytes - stride_bytes, stride_bytes});
     plan.classes = {{stride_bytes, min_slot_bytes(stride_bytes), 5, 1, {}}};
     plan.reader = {3, 16384, true, true, 64, 1000};
+    plan.reader.background_tokens = in_background ? 1 : 0;
+    plan.reader.background_depth = 4;
     plan.lookahead_strides = 0;
     HostPool pool;
     CHECK(pool.open(plan.classes, {platform::PageKind::kHuge, 2}));
     Stream stream;
     CHECK(stream.open(plan, &source, &pool, &error));
+    stream.begin_pass(1);
     for (uint32_t i = 0; i < plan.strides.size(); i++) {
         Lease lease;
         lease.stride_index = i;
@@ -272,6 +275,10 @@ void real_file() {
                 static_cast<double>(counters.reader.kernel_bytes) / static_cast<double>(counters.total.read_bytes),
                 counters.reader.bounce_bytes);
     CHECK(counters.reader.bounce_bytes == 0);
+    if (in_background) {
+        std::printf("  %" PRIu64 " reads in the background%s\n", counters.background.read_count,
+                    counters.background.read_count == 0 ? ": SKIPPED, this system or folder has none" : "");
+    }
 
     CHECK(ftruncate(descriptor, 200000) == 0); // under the running stream
     Lease lease;
@@ -288,6 +295,14 @@ void real_file() {
     unlink(name);
 }
 
+void real_file() {
+    read_real_file(false);
+}
+
+void real_file_in_the_background() {
+    read_real_file(true);
+}
+
 } // namespace
 
 int main() {
@@ -300,5 +315,6 @@ int main() {
     CASE(demand_goes_first);
     CASE(prefetch_waits_for_room);
     CASE(real_file);
+    CASE(real_file_in_the_background);
     return 0;
 }

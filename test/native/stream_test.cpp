@@ -223,6 +223,121 @@ void interrupt_ends_waits() {
     CHECK(rig.op({4, 5}) == Status::kOk);
 }
 
+ReadSpec background_reader() {
+    ReadSpec spec = kReader;
+    spec.background_tokens = 4;
+    spec.background_depth = 8;
+    return spec;
+}
+
+uint64_t thread_reads(const StreamCounters& counters) {
+    uint64_t reads = 0;
+    for (const ReaderCounters& thread : counters.threads) {
+        reads += thread.read_count;
+    }
+    return reads;
+}
+
+void short_passes_read_in_the_background() {
+    StreamRig rig;
+    rig.plan.reader = background_reader();
+    rig.add_class(40, {4000, 0, 12, 1, policy(PolicyKind::kLru)});
+    rig.must_open();
+    rig.stream.begin_pass(4);
+    CHECK(rig.op({0, 1, 2, 3, 4, 5, 6, 7, 8, 9}) == Status::kOk); // more than are under way at once
+    StreamCounters counters = rig.stream.counters();
+    CHECK(counters.background.read_count == 10 && thread_reads(counters) == 0 && counters.total.misses == 10);
+    uint32_t ahead[] = {10, 11};
+    CHECK(rig.stream.prefetch({ahead, 2}) == 2);
+    CHECK(rig.op({10, 11, 0}) == Status::kOk);
+    rig.stream.begin_pass(5);
+    CHECK(rig.op({20, 21, 22}) == Status::kOk);
+    counters = rig.stream.counters();
+    CHECK(counters.background.read_count == 12 && thread_reads(counters) == 3);
+    CHECK(counters.reader.delivered_bytes == 15 * 4000 && counters.reader.read_count == 15);
+    rig.stream.begin_pass(1);
+    CHECK(rig.stream.prefetch({ahead, 2}) == 0);
+    uint32_t more[] = {30, 31, 32};
+    CHECK(rig.stream.prefetch({more, 3}) == 3);
+    rig.stream.begin_pass(17); // what is under way ends whatever the pass; what is queued goes to threads
+    CHECK(rig.op({30, 31, 32}) == Status::kOk);
+    rig.stream.drain();
+    rig.stream.check();
+    CHECK(rig.stream.prefetch({ahead, 2}) <= 2); // close() ends what nobody waits for
+}
+
+void background_leaves_faults_to_threads() {
+    StreamRig rig;
+    rig.plan.reader = background_reader();
+    rig.add_class(10, {4000, 0, 4, 1, policy(PolicyKind::kLru)});
+    rig.must_open();
+    rig.stream.begin_pass(1);
+    Faults faults;
+    faults.eio_at = 0;
+    rig.source->set(faults);
+    CHECK(rig.op({4}) == Status::kOk); // the thread's own attempt went well
+    StreamCounters counters = rig.stream.counters();
+    CHECK(counters.background.read_count == 1 && thread_reads(counters) == 1 && counters.total.failed_reads == 0);
+    faults.eio_count = 1000;
+    rig.source->set(faults);
+    CHECK(rig.op({5}) == Status::kFailed);
+    CHECK(rig.stream.last_error().fault == ReadFault::kErrno && rig.stream.last_error().offset == 96 + 5 * 4000);
+    faults = {};
+    faults.change_at = 0;
+    rig.source->set(faults);
+    CHECK(rig.op({6}) == Status::kFailed && rig.stream.last_error().fault == ReadFault::kChanged);
+    faults = {};
+    faults.einval_at = 0; // no direct reads after all: threads read through the page cache from now on
+    rig.source->set(faults);
+    CHECK(rig.op({7, 8}) == Status::kOk);
+    const uint64_t before = rig.stream.counters().background.read_count;
+    CHECK(rig.op({9, 1, 2}) == Status::kOk && rig.stream.counters().background.read_count == before);
+    rig.stream.drain();
+    rig.stream.check();
+}
+
+// Where reading in the background is no such thing, threads do it after all.
+void background_that_blocks_is_given_up() {
+    StreamRig rig;
+    rig.plan.reader = background_reader();
+    rig.add_class(40, {4000, 0, 12, 1, policy(PolicyKind::kLru)});
+    std::vector<uint64_t> bytes{rig.plan.files[0].bytes};
+    rig.source = std::make_unique<FakeSource>(bytes);
+    rig.source->reads_at_once = true;
+    rig.host = std::make_unique<HostPool>();
+    CHECK(rig.host->open(rig.plan.classes, {platform::PageKind::kBase, 1}));
+    std::string error;
+    CHECK(rig.stream.open(rig.plan, rig.source.get(), rig.host.get(), &error));
+    for (uint32_t i = 0; i < 40; i++) {
+        rig.stream.begin_pass(1);
+        CHECK(rig.op({i}) == Status::kOk);
+    }
+    const StreamCounters counters = rig.stream.counters();
+    CHECK(counters.background.read_count == 8 && thread_reads(counters) == 32);
+    rig.stream.check();
+}
+
+void interrupt_ends_background_waits() {
+    StreamRig rig;
+    rig.plan.reader = background_reader();
+    rig.add_class(10, {4000, 0, 4, 1, policy(PolicyKind::kLru)});
+    rig.must_open();
+    rig.stream.begin_pass(1);
+    rig.source->gate(true);
+    std::thread other([&rig] {
+        platform::sleep_ns(5'000'000);
+        rig.stream.interrupt(true);
+    });
+    CHECK(rig.op({4, 5}) == Status::kInterrupted);
+    other.join();
+    CHECK(rig.stream.pinned_count() == 0);
+    rig.source->gate(false);
+    rig.stream.drain();
+    rig.stream.check();
+    rig.stream.interrupt(false);
+    CHECK(rig.op({4, 5}) == Status::kOk);
+}
+
 void device_memory_gets_uploads() {
     StreamRig rig;
     rig.plan.reader = kReader;
@@ -307,6 +422,10 @@ int main() {
     CASE(looks_ahead_in_a_cycle);
     CASE(failed_reads_say_where);
     CASE(interrupt_ends_waits);
+    CASE(short_passes_read_in_the_background);
+    CASE(background_leaves_faults_to_threads);
+    CASE(background_that_blocks_is_given_up);
+    CASE(interrupt_ends_background_waits);
     CASE(device_memory_gets_uploads);
     CASE(order_is_learned);
     CASE(all_hits_cost_little);

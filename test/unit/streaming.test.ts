@@ -36,6 +36,7 @@ function counters(values: Partial<StreamingCounters>): StreamingCounters {
     kernelBytes: 0,
     bounceBytes: 0,
     readerBusyNs: 0,
+    backgroundReads: 0,
     fallbackFiles: 0,
     resyncs: 0,
     readingNs: 0,
