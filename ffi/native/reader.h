@@ -126,6 +126,8 @@ struct ReadSpec {
     // thread is woken for it, and none takes a core from those that compute. 0: never.
     uint32_t background_tokens = 0;
     uint32_t background_depth = 0; // of those reads, under way at once
+    // As prefetch_depth, for reads in the background while nobody waits for any: none begins until somebody looks again.
+    uint32_t background_prefetch_depth = 0;
 };
 
 // The real files, read only. Each is opened twice (direct, buffered), so that a fallback needs no path any more.
@@ -200,6 +202,8 @@ public:
     enum class Outcome : uint8_t { kPending, kDone, kFailed, kCancelled };
 
     void open(uint32_t job_count, const ReadSpec& spec);
+    // Which bound holds for prefetch from now on.
+    void in_background(bool on) { in_background_ = on; }
     void submit(uint32_t job_index, const ReadJob& what, Urgency urgency);
     // A prefetch that something waits for now; takes a cancel back while the job is draining.
     void promote(uint32_t job_index);
@@ -236,13 +240,14 @@ private:
         List list = List::kOff;
         bool active = false;
         bool cancelled = false;
+        bool demanded = false;
         ReadError error;
     };
 
     void link(uint32_t job_index, List list);
     void unlink(uint32_t job_index);
     void cut(Job& job, Piece* piece) const;
-    bool holds_prefetch() const { return prefetch_depth_ > 0 && in_flight_count_ >= prefetch_depth_; }
+    uint32_t prefetch_room() const; // pieces
 
     std::unique_ptr<Job[]> jobs_;
     uint32_t job_count_ = 0;
@@ -251,8 +256,11 @@ private:
     uint32_t tails_[2] = {kNone, kNone};
     uint64_t queued_bytes_[2] = {0, 0}; // not handed out, of the jobs on the queues
     uint32_t in_flight_count_ = 0;      // pieces
+    uint32_t demanded_count_ = 0;       // of those, of jobs that something waits for
     uint32_t piece_bytes_ = 0;
     uint32_t prefetch_depth_ = 0;
+    uint32_t background_prefetch_depth_ = 0;
+    bool in_background_ = false;
 };
 
 // Which files are read through the page cache. A file falls back once, when a direct read says EINVAL.

@@ -452,7 +452,7 @@ void Stream::dispatch() {
         background_.begin(&queue_, &left_);
         if (background_.is_synchronous()) {
             background_tokens_ = 0;
-            in_background_ = false;
+            read_in_background(false);
         }
     }
     if (sleepers_ > 0 && !collecting_ && background_.under_way_count() > 0) {
@@ -537,11 +537,15 @@ void Stream::begin_pass(uint32_t token_count) {
     for (uint32_t i = 0; i < class_count_; i++) {
         classes_[i].cache.begin_pass(token_count);
     }
-    const bool before = in_background_;
-    in_background_ = token_count <= background_tokens_;
-    if (before != in_background_) {
+    if (in_background_ != (token_count <= background_tokens_)) {
+        read_in_background(!in_background_);
         dispatch(); // what is queued still
     }
+}
+
+void Stream::read_in_background(bool on) {
+    in_background_ = on;
+    queue_.in_background(on);
 }
 
 // What the consumer sees of its pinned stride.

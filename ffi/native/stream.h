@@ -266,6 +266,7 @@ private:
     void finish_piece(const Piece& piece, const PieceResult& result, uint64_t ended_ns, ReaderCounters* counters)
         HY_REQUIRES(mutex_);
     void end_read(uint32_t job_index, ReadQueue::Outcome outcome) HY_REQUIRES(mutex_);
+    void read_in_background(bool on) HY_REQUIRES(mutex_);
     void end_background(uint32_t count, bool awaited) HY_REQUIRES(mutex_);
     bool look() HY_REQUIRES(mutex_);
     bool collect() HY_REQUIRES(mutex_);

@@ -8,6 +8,7 @@ inline void random_plan(StreamRig& rig, Random& random) {
     rig.plan.reader.prefetch_depth = random.below(4);
     rig.plan.reader.background_tokens = random.below(6); // passes have up to 4
     rig.plan.reader.background_depth = random.below(8);
+    rig.plan.reader.background_prefetch_depth = random.below(5);
     rig.plan.lookahead_strides = random.below(3) * 4;
     uint32_t files = 1 + random.below(3);
     for (uint32_t i = 0; i < files; i++) {
