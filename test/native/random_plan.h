@@ -6,9 +6,6 @@
 inline void random_plan(StreamRig& rig, Random& random) {
     rig.plan.reader = {1 + random.below(4), 4096 * (1 + random.below(4)), !random.chance(4), random.chance(2), 200, 1};
     rig.plan.reader.prefetch_depth = random.below(4);
-    rig.plan.reader.background_tokens = random.below(6); // passes have up to 4
-    rig.plan.reader.background_depth = random.below(8);
-    rig.plan.reader.background_prefetch_depth = random.below(5);
     rig.plan.lookahead_strides = random.below(3) * 4;
     uint32_t files = 1 + random.below(3);
     for (uint32_t i = 0; i < files; i++) {
@@ -44,6 +41,9 @@ inline void random_plan(StreamRig& rig, Random& random) {
             rig.plan.strides.push_back({c, random.below(40), first, count});
         }
     }
+    rig.plan.reader.background_tokens = random.below(6); // passes have up to 4
+    rig.plan.reader.background_depth = random.below(8);
+    rig.plan.reader.background_prefetch_depth = random.below(5);
 }
 
 inline Faults random_faults(StreamRig& rig, Random& random) {
