@@ -158,8 +158,8 @@ struct StorageCounters {
 // False where the system does not tell.
 bool storage_counters(StorageCounters* counters);
 
-// Reads that one thread has several of under way: io_uring. The engine's reader is threads (test/bench/NOTES.md); this is
-// what it is measured against.
+// Reads that one thread has several of under way: io_uring. The engine's readers are threads and AsyncReads
+// (test/bench/NOTES.md); this is what they are measured against.
 class ReadRing {
 public:
     struct Done {

@@ -21,6 +21,31 @@ uint64_t page_ceil(uint64_t value) {
     return page_floor(value + kDirectAlign - 1);
 }
 
+// The bytes of the file that a read of the piece asks for: whole pages when direct.
+struct Superset {
+    uint64_t base;
+    uint64_t end;
+    uint64_t head; // before the first wanted byte
+
+    uint64_t bytes() const { return end - base; }
+};
+
+Superset superset_of(const Piece& piece, Access access) {
+    const uint64_t end = piece.from.offset + piece.bytes;
+    if (access != Access::kDirect) {
+        return {piece.from.offset, end, 0};
+    }
+    const uint64_t base = page_floor(piece.from.offset);
+    return {base, page_ceil(end), piece.from.offset - base};
+}
+
+// Bytes that arrived are those that the plan was made for, or the piece has an error.
+void check_unchanged(ReadSource* source, const Piece& piece, PieceResult* result) {
+    if (!source->unchanged(piece.from.file_index)) {
+        result->error = {ReadFault::kChanged, 0, piece.from.file_index, piece.from.offset};
+    }
+}
+
 } // namespace
 
 void describe(const ReadError& error, const char* path, Span<char> text) {
@@ -120,7 +145,6 @@ public:
     explicit FileBackgroundReads(std::vector<int> descriptors) : descriptors_(std::move(descriptors)) {}
     bool open(uint32_t depth) {
         begun_.resize(depth);
-        done_.resize(depth);
         return reads_.open(depth) == 0;
     }
     uint32_t begin(Span<const Read> reads) override {
@@ -131,19 +155,11 @@ public:
         return reads_.begin({begun_.data(), count});
     }
     uint32_t done_count() override { return reads_.done_count(); }
-    uint32_t wait(Span<Done> done, uint64_t most_ns) override {
-        const auto most = std::min<uint32_t>(done.count, static_cast<uint32_t>(done_.size()));
-        const uint32_t count = reads_.wait({done_.data(), most}, most_ns);
-        for (uint32_t i = 0; i < count; i++) {
-            done[i] = {done_[i].tag, done_[i].result};
-        }
-        return count;
-    }
+    uint32_t wait(Span<Done> done, uint64_t most_ns) override { return reads_.wait(done, most_ns); }
 
 private:
     std::vector<int> descriptors_;
     std::vector<platform::AsyncReads::Read> begun_;
-    std::vector<platform::AsyncReads::Done> done_;
     platform::AsyncReads reads_;
 };
 
@@ -380,8 +396,8 @@ bool PieceReader::open(ReadSource* source, PoolMemory* pool, FileModes* modes, c
 PieceResult PieceReader::run(const Piece& piece) {
     PieceResult result;
     uint64_t start_ns = platform::now_ns();
-    if (read_piece(piece, &result) && !source_->unchanged(piece.from.file_index)) {
-        result.error = {ReadFault::kChanged, 0, piece.from.file_index, piece.from.offset};
+    if (read_piece(piece, &result)) {
+        check_unchanged(source_, piece, &result);
     }
     result.busy_ns = platform::now_ns() - start_ns;
     return result;
@@ -392,9 +408,7 @@ bool PieceReader::read_piece(const Piece& piece, PieceResult* result) {
     for (;;) {
         Access access = modes_->access(file_index);
         uint64_t need_end = piece.from.offset + piece.bytes;
-        uint64_t base = access == Access::kDirect ? page_floor(piece.from.offset) : piece.from.offset;
-        uint64_t end = access == Access::kDirect ? page_ceil(need_end) : need_end;
-        uint64_t head = piece.from.offset - base;
+        const auto [base, end, head] = superset_of(piece, access);
         bool to_slot = piece.host != nullptr && (piece.in_place || access == Access::kBuffered);
         std::byte* data = to_slot ? piece.host + piece.slot_offset - head : bounce_.data;
         HY_CHECK(to_slot || end - base <= bounce_.bytes);
@@ -514,10 +528,9 @@ void BackgroundReader::begin(ReadQueue* queue, std::vector<Piece>* left) {
             break;
         }
         const Piece& piece = one.piece;
-        const uint64_t base = page_floor(piece.from.offset);
-        const auto bytes = static_cast<uint32_t>(page_ceil(piece.from.offset + piece.bytes) - base);
-        std::byte* into = piece.host + piece.slot_offset - (piece.from.offset - base);
-        begun_[count++] = {{piece.from.file_index, base}, {into, bytes}, tag};
+        const Superset superset = superset_of(piece, Access::kDirect);
+        std::byte* into = piece.host + piece.slot_offset - superset.head;
+        begun_[count++] = {{piece.from.file_index, superset.base}, {into, static_cast<uint32_t>(superset.bytes())}, tag};
         one.begun_ns = now_ns;
         one.used = true;
     }
@@ -553,7 +566,7 @@ BackgroundReader::Ended BackgroundReader::end(uint32_t i, bool awaited, uint64_t
     one.used = false;
     under_way_count_--;
     const int64_t got = done_[i].result;
-    const uint64_t wanted = one.piece.from.offset % kDirectAlign + one.piece.bytes;
+    const uint64_t wanted = superset_of(one.piece, Access::kDirect).head + one.piece.bytes;
     Ended ended{one.piece, {}, now_ns, got >= static_cast<int64_t>(wanted)};
     if (awaited) {
         awaited_ns_ += now_ns - one.begun_ns;
@@ -565,8 +578,8 @@ BackgroundReader::Ended BackgroundReader::end(uint32_t i, bool awaited, uint64_t
     ended.result.read_count = 1;
     ended.result.kernel_bytes = got > 0 ? static_cast<uint64_t>(got) : 0;
     ended.result.busy_ns = ended.ended_ns - one.begun_ns;
-    if (ended.is_whole && !source_->unchanged(one.piece.from.file_index)) {
-        ended.result.error = {ReadFault::kChanged, 0, one.piece.from.file_index, one.piece.from.offset};
+    if (ended.is_whole) {
+        check_unchanged(source_, one.piece, &ended.result);
     }
     return ended;
 }

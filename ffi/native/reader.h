@@ -72,10 +72,7 @@ public:
         Span<std::byte> into; // aligned, as the rest
         uint32_t tag;
     };
-    struct Done {
-        uint32_t tag;
-        int64_t result; // as of ReadSource::read
-    };
+    using Done = platform::AsyncReads::Done; // the result as of ReadSource::read
 
     virtual ~BackgroundReads() = default; // waits for what is under way
     // How many of the first ones were begun.
@@ -202,8 +199,9 @@ public:
     enum class Outcome : uint8_t { kPending, kDone, kFailed, kCancelled };
 
     void open(uint32_t job_count, const ReadSpec& spec);
-    // Which bound holds for prefetch from now on.
-    void in_background(bool on) { in_background_ = on; }
+    // What is cut from now on is read in the background, and not by threads: which bound holds for prefetch.
+    void read_in_background(bool on) { in_background_ = on; }
+    bool in_background() const { return in_background_; }
     void submit(uint32_t job_index, const ReadJob& what, Urgency urgency);
     // A prefetch that something waits for now; takes a cancel back while the job is draining.
     void promote(uint32_t job_index);

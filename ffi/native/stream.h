@@ -266,7 +266,6 @@ private:
     void finish_piece(const Piece& piece, const PieceResult& result, uint64_t ended_ns, ReaderCounters* counters)
         HY_REQUIRES(mutex_);
     void end_read(uint32_t job_index, ReadQueue::Outcome outcome) HY_REQUIRES(mutex_);
-    void read_in_background(bool on) HY_REQUIRES(mutex_);
     void end_background(uint32_t count, bool awaited) HY_REQUIRES(mutex_);
     bool look() HY_REQUIRES(mutex_);
     bool collect() HY_REQUIRES(mutex_);
@@ -307,7 +306,6 @@ private:
     // Guarded too, but for the wait() of the one consumer that collects.
     BackgroundReader background_;
     bool collecting_ HY_GUARDED_BY(mutex_) = false;
-    bool in_background_ HY_GUARDED_BY(mutex_) = false; // this pass's reads, and not by threads
     uint32_t background_tokens_ HY_GUARDED_BY(mutex_) = 0;
     std::vector<Piece> left_ HY_GUARDED_BY(mutex_); // to the threads, which take them first
 

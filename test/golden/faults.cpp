@@ -51,7 +51,7 @@ public:
                                           : files_.bytes_now(file);
     }
     std::unique_ptr<hypura::BackgroundReads> background_reads(uint32_t depth) override {
-        return std::make_unique<FakeBackground>(*this, FakeBackground::Options{depth, mix(mischief_.seed), false, [] { return false; }});
+        return std::make_unique<FakeBackground>(*this, FakeBackground::Options{depth, mix(mischief_.seed), [] { return false; }, {}});
     }
     bool unchanged(uint32_t file) override { return mischief_.fault != kReplaced && files_.unchanged(file); }
 

@@ -13,9 +13,9 @@ class FakeBackground final : public hypura::BackgroundReads {
 public:
     struct Options {
         uint32_t depth;
-        uint64_t seed;         // 0: begins all that it is given
-        bool at_once;          // as a file system that has no background reads
-        std::function<bool()> held; // nothing is read meanwhile
+        uint64_t seed; // 0: begins all that it is given
+        std::function<bool()> held;    // nothing is read meanwhile
+        std::function<bool()> at_once; // as a file system that has no background reads; empty: it has
     };
     FakeBackground(hypura::ReadSource& source, Options options) : source_(source), options_(std::move(options)) {
         pending_.reserve(options_.depth);
@@ -28,7 +28,7 @@ public:
         for (uint32_t i = 0; i < count; i++) {
             pending_.push_back(reads[i]);
         }
-        while (options_.at_once && !pending_.empty()) {
+        while (options_.at_once && options_.at_once() && !pending_.empty()) {
             read_one();
         }
         begun_now_ = true;

@@ -119,10 +119,12 @@ public:
 
     std::unique_ptr<hypura::BackgroundReads> background_reads(uint32_t depth) override {
         return std::make_unique<FakeBackground>(
-            *this, FakeBackground::Options{depth, faults_.seed, reads_at_once, [this] {
+            *this, FakeBackground::Options{depth, faults_.seed,
+                                           [this] {
                                                std::lock_guard<std::mutex> lock(mutex_);
                                                return closed_;
-                                           }});
+                                           },
+                                           [this] { return reads_at_once; }});
     }
 
     // A closed gate holds reads back; places that passed are recorded while recording.

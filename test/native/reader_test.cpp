@@ -193,6 +193,13 @@ void demand_goes_first() {
     CHECK(queue.active_count() == 0 && queue.startable_pieces() == 0);
 }
 
+// Prefetch of one piece each, of the jobs 0 to count - 1.
+void submit_prefetch(ReadQueue* queue, const Extent& extent, uint32_t count) {
+    for (uint32_t job = 0; job < count; job++) {
+        queue->submit(job, {{&extent, 1}, {0, job}, nullptr, 0}, Urgency::kPrefetch);
+    }
+}
+
 // While two pieces are under way no prefetch begins, and a demand begins whatever is under way.
 void prefetch_waits_for_room() {
     ReadSpec spec = kSpec;
@@ -200,9 +207,7 @@ void prefetch_waits_for_room() {
     ReadQueue queue;
     queue.open(5, spec);
     Extent extent{0, 0, 8192};
-    for (uint32_t job = 0; job < 3; job++) {
-        queue.submit(job, {{&extent, 1}, {0, job}, nullptr, 0}, Urgency::kPrefetch);
-    }
+    submit_prefetch(&queue, extent, 3);
     CHECK(queue.startable_pieces() == 2);
     Piece ahead[2];
     CHECK(queue.next(&ahead[0]) && queue.next(&ahead[1]) && ahead[1].job_index == 1);
@@ -231,11 +236,9 @@ void prefetch_in_the_background_has_its_own_room() {
     ReadQueue queue;
     queue.open(6, spec);
     Extent extent{0, 0, 8192};
-    for (uint32_t job = 0; job < 5; job++) {
-        queue.submit(job, {{&extent, 1}, {0, job}, nullptr, 0}, Urgency::kPrefetch);
-    }
+    submit_prefetch(&queue, extent, 5);
     CHECK(queue.startable_pieces() == 1);
-    queue.in_background(true);
+    queue.read_in_background(true);
     CHECK(queue.startable_pieces() == 3);
     Piece ahead[3];
     Piece none;
@@ -248,7 +251,7 @@ void prefetch_in_the_background_has_its_own_room() {
     CHECK(queue.next(&demand) && demand.job_index == 5 && !queue.next(&none));
     CHECK(queue.finish(demand, {}) == ReadQueue::Outcome::kDone);
     CHECK(queue.next(&ahead[0]) && queue.next(&ahead[2]) && !queue.next(&none));
-    queue.in_background(false);
+    queue.read_in_background(false);
     for (const Piece& piece : ahead) {
         CHECK(queue.finish(piece, {}) == ReadQueue::Outcome::kDone);
     }

@@ -301,13 +301,8 @@ void background_that_blocks_is_given_up() {
     StreamRig rig;
     rig.plan.reader = background_reader();
     rig.add_class(40, {4000, 0, 12, 1, policy(PolicyKind::kLru)});
-    std::vector<uint64_t> bytes{rig.plan.files[0].bytes};
-    rig.source = std::make_unique<FakeSource>(bytes);
+    rig.must_open();
     rig.source->reads_at_once = true;
-    rig.host = std::make_unique<HostPool>();
-    CHECK(rig.host->open(rig.plan.classes, {platform::PageKind::kBase, 1}));
-    std::string error;
-    CHECK(rig.stream.open(rig.plan, rig.source.get(), rig.host.get(), &error));
     for (uint32_t i = 0; i < 40; i++) {
         rig.stream.begin_pass(1);
         CHECK(rig.op({i}) == Status::kOk);
