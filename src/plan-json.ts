@@ -97,7 +97,6 @@ const streaming = object({
     prefetchDepth: whole(0, 1024),
     backgroundTokens: whole(0, 0x7fff_ffff),
     backgroundDepth: whole(0, 1024),
-    backgroundPrefetchDepth: whole(0, 1024),
   }),
   lookaheadStrides: whole(0, 0x7fff_ffff),
   prediction: nullable(

@@ -310,8 +310,6 @@ function streamingPlan(task: Task, { context, ubatchTokens, sides, solution }: S
         prefetchDepth,
         backgroundTokens: hasDense ? 0 : backgroundTokens,
         backgroundDepth: hasDense ? 0 : backgroundDepth,
-        // Nobody begins the next ones while a layer is computed.
-        backgroundPrefetchDepth: 2 * prefetchDepth,
       },
       lookaheadStrides: lookahead,
       prediction: expected.prediction,

@@ -125,8 +125,6 @@ export interface Streaming {
     readonly backgroundTokens: number;
     /** Of those reads, under way at once. */
     readonly backgroundDepth: number;
-    /** As `prefetchDepth`, for reads in the background while nothing is waited for; 0: no bound. */
-    readonly backgroundPrefetchDepth: number;
   };
   readonly lookaheadStrides: number;
   /** Null: routers are waited for. */

@@ -453,6 +453,9 @@ ggml_backend_buffer_type_t StreamDevice::buffer_type() {
 
 void StreamDevice::begin_serving() {
     impl_->probing = false;
+    if (impl_->pool_is_host) {
+        impl_->host_pool.make_present();
+    }
 }
 
 Stream & StreamDevice::stream() {

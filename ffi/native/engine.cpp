@@ -146,7 +146,6 @@ PlanStreaming parse_streaming(const common_json & json, size_t tensor_count) {
     s.reader.prefetch_depth = u32(reader, "prefetchDepth");
     s.reader.background_tokens = u32(reader, "backgroundTokens");
     s.reader.background_depth = u32(reader, "backgroundDepth");
-    s.reader.background_prefetch_depth = u32(reader, "backgroundPrefetchDepth");
     s.lookahead_strides = u32(json, "lookaheadStrides");
     s.huge_pages = json.at("hugePages").get<bool>();
     s.touch_threads = u32(json, "touchThreads");

@@ -182,12 +182,10 @@ void ReadQueue::open(uint32_t job_count, const ReadSpec& spec) {
     job_count_ = job_count;
     active_count_ = 0;
     queued_bytes_[0] = queued_bytes_[1] = 0;
-    in_flight_count_ = demanded_count_ = 0;
-    in_background_ = false;
+    in_flight_count_ = 0;
     heads_[0] = heads_[1] = tails_[0] = tails_[1] = kNone;
     piece_bytes_ = spec.piece_bytes;
     prefetch_depth_ = spec.prefetch_depth;
-    background_prefetch_depth_ = spec.background_prefetch_depth;
 }
 
 void ReadQueue::link(uint32_t job_index, List list) {
@@ -223,7 +221,6 @@ void ReadQueue::submit(uint32_t job_index, const ReadJob& what, Urgency urgency)
         job.total_bytes += extent.bytes;
     }
     job.active = true;
-    job.demanded = urgency == Urgency::kDemand;
     active_count_++;
     link(job_index, urgency == Urgency::kDemand ? List::kDemand : List::kPrefetch);
 }
@@ -231,8 +228,6 @@ void ReadQueue::submit(uint32_t job_index, const ReadJob& what, Urgency urgency)
 void ReadQueue::promote(uint32_t job_index) {
     Job& job = jobs_[job_index];
     HY_CHECK(job.active);
-    demanded_count_ += job.demanded ? 0 : job.outstanding;
-    job.demanded = true;
     if (job.error.fault != ReadFault::kNone || job.list == List::kDemand || job.cut_bytes == job.total_bytes) {
         return;
     }
@@ -265,11 +260,6 @@ uint64_t ReadQueue::startable_pieces() const {
     return pieces(List::kDemand) + std::min<uint64_t>(pieces(List::kPrefetch), prefetch_room());
 }
 
-uint32_t ReadQueue::prefetch_room() const {
-    const uint32_t most = in_background_ && demanded_count_ == 0 ? background_prefetch_depth_ : prefetch_depth_;
-    return most == 0 ? UINT32_MAX : most - std::min(most, in_flight_count_);
-}
-
 bool ReadQueue::next(Piece* piece) {
     uint32_t job_index = heads_[0] != kNone ? heads_[0] : prefetch_room() == 0 ? kNone : heads_[1];
     if (job_index == kNone) {
@@ -280,7 +270,6 @@ bool ReadQueue::next(Piece* piece) {
     cut(job, piece);
     job.outstanding++;
     in_flight_count_++;
-    demanded_count_ += job.demanded ? 1 : 0;
     job.cut_bytes += piece->bytes;
     queued_bytes_[static_cast<uint32_t>(job.list)] -= piece->bytes;
     job.extent_cut_bytes += piece->bytes;
@@ -330,7 +319,6 @@ ReadQueue::Outcome ReadQueue::finish(const Piece& piece, const ReadError& error)
     HY_CHECK(job.active && job.outstanding > 0);
     job.outstanding--;
     in_flight_count_--;
-    demanded_count_ -= job.demanded ? 1 : 0;
     if (error.fault == ReadFault::kNone) {
         job.delivered_bytes += piece.bytes;
     } else {

@@ -13,6 +13,7 @@
 
 #include "platform.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -123,8 +124,6 @@ struct ReadSpec {
     // thread is woken for it, and none takes a core from those that compute. 0: never.
     uint32_t background_tokens = 0;
     uint32_t background_depth = 0; // of those reads, under way at once
-    // As prefetch_depth, for reads in the background while nobody waits for any: none begins until somebody looks again.
-    uint32_t background_prefetch_depth = 0;
 };
 
 // The real files, read only. Each is opened twice (direct, buffered), so that a fallback needs no path any more.
@@ -199,9 +198,6 @@ public:
     enum class Outcome : uint8_t { kPending, kDone, kFailed, kCancelled };
 
     void open(uint32_t job_count, const ReadSpec& spec);
-    // What is cut from now on is read in the background, and not by threads: which bound holds for prefetch.
-    void read_in_background(bool on) { in_background_ = on; }
-    bool in_background() const { return in_background_; }
     void submit(uint32_t job_index, const ReadJob& what, Urgency urgency);
     // A prefetch that something waits for now; takes a cancel back while the job is draining.
     void promote(uint32_t job_index);
@@ -238,14 +234,15 @@ private:
         List list = List::kOff;
         bool active = false;
         bool cancelled = false;
-        bool demanded = false;
         ReadError error;
     };
 
     void link(uint32_t job_index, List list);
     void unlink(uint32_t job_index);
     void cut(Job& job, Piece* piece) const;
-    uint32_t prefetch_room() const; // pieces
+    uint32_t prefetch_room() const { // pieces
+        return prefetch_depth_ == 0 ? UINT32_MAX : prefetch_depth_ - std::min(prefetch_depth_, in_flight_count_);
+    }
 
     std::unique_ptr<Job[]> jobs_;
     uint32_t job_count_ = 0;
@@ -254,11 +251,8 @@ private:
     uint32_t tails_[2] = {kNone, kNone};
     uint64_t queued_bytes_[2] = {0, 0}; // not handed out, of the jobs on the queues
     uint32_t in_flight_count_ = 0;      // pieces
-    uint32_t demanded_count_ = 0;       // of those, of jobs that something waits for
     uint32_t piece_bytes_ = 0;
     uint32_t prefetch_depth_ = 0;
-    uint32_t background_prefetch_depth_ = 0;
-    bool in_background_ = false;
 };
 
 // Which files are read through the page cache. A file falls back once, when a direct read says EINVAL.

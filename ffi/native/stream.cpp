@@ -105,15 +105,18 @@ bool HostPool::open(const std::vector<ClassSpec>& classes, const Options& option
         offsets_.clear();
         return false;
     }
-    uint32_t count = std::max(options.touch_threads, 1u);
+    touch_threads_ = std::max(options.touch_threads, 1u);
+    return true;
+}
+
+void HostPool::make_present() {
     try {
-        for (uint32_t i = 0; i < count; i++) {
-            touchers_.emplace_back([this, i, count] { touch(i, count); });
+        for (uint32_t i = 0; i < touch_threads_; i++) {
+            touchers_.emplace_back([this, i] { touch(i, touch_threads_); });
         }
     } catch (const std::system_error&) {
         // What no thread takes becomes present when it is read into.
     }
-    return true;
 }
 
 // Every thread_count-th piece.
@@ -286,7 +289,7 @@ void Stream::adopt(const StreamPlan& plan, PoolMemory* pool) {
     background_counters_ = ReaderCounters{};
     background_tokens_ = 0;
     left_.clear();
-    stopping_ = interrupted_ = false;
+    in_background_ = stopping_ = interrupted_ = false;
 }
 
 bool Stream::open(const StreamPlan& plan, ReadSource* source, PoolMemory* pool, std::string* error) {
@@ -376,7 +379,7 @@ bool Stream::take(Piece* piece) {
             left_.erase(left_.begin());
             return true;
         }
-        if (!queue_.in_background() && queue_.next(piece)) {
+        if (!in_background_ && queue_.next(piece)) {
             if (idle_readers_ > 0 && queue_.startable_pieces() > 0) {
                 work_.notify_one();
             }
@@ -391,7 +394,7 @@ bool Stream::take(Piece* piece) {
 void Stream::finish(uint32_t thread_index, const Piece& piece, const PieceResult& result) {
     MutexLock lock(mutex_);
     finish_piece(piece, result, platform::now_ns(), &thread_counters_[thread_index]);
-    if (queue_.in_background()) {
+    if (in_background_) {
         dispatch(); // a thread takes no more than what is left to it
     }
 }
@@ -448,17 +451,17 @@ void Stream::end_read(uint32_t job_index, ReadQueue::Outcome outcome) {
 // Hands out what may begin: to the background, or to threads that sleep.
 void Stream::dispatch() {
     look();
-    if (queue_.in_background() && !stopping_) {
+    if (in_background_ && !stopping_) {
         background_.begin(&queue_, &left_);
         if (background_.is_synchronous()) {
             background_tokens_ = 0;
-            queue_.read_in_background(false);
+            in_background_ = false;
         }
     }
     if (sleepers_ > 0 && !collecting_ && background_.under_way_count() > 0) {
         changed_.notify_all(); // one of them has to collect
     }
-    uint64_t pieces = left_.size() + (queue_.in_background() ? 0 : queue_.startable_pieces());
+    uint64_t pieces = left_.size() + (in_background_ ? 0 : queue_.startable_pieces());
     for (uint64_t i = std::min<uint64_t>(pieces, idle_readers_); i > 0; i--) {
         work_.notify_one();
     }
@@ -538,8 +541,8 @@ void Stream::begin_pass(uint32_t token_count) {
         classes_[i].cache.begin_pass(token_count);
     }
     const bool in_background = token_count <= background_tokens_;
-    if (queue_.in_background() != in_background) {
-        queue_.read_in_background(in_background);
+    if (in_background_ != in_background) {
+        in_background_ = in_background;
         dispatch(); // what is queued still
     }
 }

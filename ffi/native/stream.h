@@ -72,9 +72,9 @@ constexpr uint64_t min_slot_bytes(uint64_t stride_bytes) {
     return (stride_bytes + 2 * platform::kDirectAlign - 2) / platform::kDirectAlign * platform::kDirectAlign;
 }
 
-// Pool in this process's memory: huge pages. A large one takes seconds to become present, so that happens behind open(),
-// piece by piece, while the model is loaded and its first prompt computed; a read that comes to a page before takes the
-// time of that page.
+// Pool in this process's memory: huge pages. A large one takes seconds to become present, and nobody can map memory while
+// a piece of it does; so that begins once the model is loaded and goes on piece by piece behind the first prompt. A read
+// that comes to a page before takes the time of that page.
 class HostPool final : public PoolMemory {
 public:
     struct Options {
@@ -84,18 +84,21 @@ public:
     ~HostPool() override { close(); }
     // False when the system has not that much memory.
     bool open(const std::vector<ClassSpec>& classes, const Options& options);
+    // Begins to make the pages present.
+    void make_present();
     void close();
     std::byte* host(uint32_t class_index) override { return memory_.data + offsets_[class_index]; }
     bool upload(SlotPlace, uint64_t, Span<const std::byte>) override { return false; }
     uint64_t bytes() const { return memory_.bytes; }
     bool huge() const { return memory_.huge; }
-    // Until every page is present.
+    // Until make_present() is done.
     void wait_present();
 
 private:
     void touch(uint32_t thread_index, uint32_t thread_count);
 
     platform::Memory memory_;
+    uint32_t touch_threads_ = 1;
     std::vector<std::thread> touchers_;
     std::atomic<bool> closing_{false};
     std::vector<uint64_t> offsets_;
@@ -306,6 +309,7 @@ private:
     // Guarded too, but for the wait() of the one consumer that collects.
     BackgroundReader background_;
     bool collecting_ HY_GUARDED_BY(mutex_) = false;
+    bool in_background_ HY_GUARDED_BY(mutex_) = false; // what begins from now on, and not by threads
     uint32_t background_tokens_ HY_GUARDED_BY(mutex_) = 0;
     std::vector<Piece> left_ HY_GUARDED_BY(mutex_); // to the threads, which take them first
 

@@ -15,6 +15,7 @@ import { bandwidthText, bytesText, durationText } from "../../src/text";
 import { headerLength, parseHeader, traceEvents, traceStartBytes } from "../../src/trace";
 import { dropCached, median } from "./measure";
 import { canLimit, type Figures, openSubject, type Subject } from "./subject";
+import { inWindows } from "./windows";
 
 const groupBytes = 2_147_483_648;
 /** What no plan counts: the kernel's own memory for the group, page tables first of all, and the trace. */
@@ -144,6 +145,17 @@ async function askInGroup(resident: Subject, plan: Plan, tracePath: string): Pro
   await streamed.ask({ promptTokens: 16, tokens: 150, seed: 99 }); // the pool knows the router
   const pairs = await inTurns(streamed, resident, 16, 100);
   tellProcess(streamed, plan, pairs.at(-1)?.one as Figures);
+  for (const [tokens, count] of [
+    [100, 2 * runs],
+    [900, Math.ceil(runs / 4)],
+  ] as const) {
+    const questions = Array.from({ length: count }, (_, i) => ({ promptTokens: 16, tokens, seed: i + 1 }));
+    const { mean, standardError, windows } = await inWindows(streamed, resident, questions);
+    say(
+      `answers of ${tokens} tokens in the group against in memory, in windows of half a second`,
+      `ratio ${mean.toFixed(3)} (standard error ${standardError.toFixed(3)}, ${windows} windows)`,
+    );
+  }
   return pairs;
 }
 

@@ -25,12 +25,17 @@ export interface Figures {
   /** The most that the process ever held, and what it wrote to disk since it was opened, by the kernel's count. */
   readonly peakBytes: number;
   readonly writtenBytes: number;
+  /** When each token came, in milliseconds since 1970. */
+  readonly tokenMs: readonly number[];
 }
 
 export interface Subject<Asked = Question, Told = Figures> extends AsyncDisposable {
   readonly name: string;
   readonly openSeconds: number;
   ask(question: Asked): Promise<Told>;
+  /** Stops the process where it stands, and lets it go on. */
+  pause(): void;
+  resume(): void;
   /** Times that the group's limit was hit, and the most it held; null outside a group. */
   groupFigures(): { readonly limitHits: number; readonly peakBytes: number } | null;
 }
@@ -92,6 +97,8 @@ export async function openSubject<Asked = Question, Told = Figures>(
       child.stdin.write(`${JSON.stringify(question)}\n`);
       return next<Told>();
     },
+    pause: () => child.kill("SIGSTOP"),
+    resume: () => child.kill("SIGCONT"),
     groupFigures: () =>
       limitBytes === null
         ? null
@@ -119,7 +126,7 @@ export async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerat
 async function answer(engine: Engine, { promptTokens, tokens, seed }: Question): Promise<Figures> {
   const before = await engine.streaming();
   let between: StreamingCounters | null = null;
-  let isFirst = true;
+  const tokenMs: number[] = [];
   let timings = { prompt_ms: 0, predicted_per_second: 0 };
   const body = {
     prompt: Array.from({ length: promptTokens }, (_, i) => 5 + ((i * 7919 + seed * 104_729) % 200)),
@@ -133,8 +140,8 @@ async function answer(engine: Engine, { promptTokens, tokens, seed }: Question):
     stream: true,
   };
   for await (const { data } of engine.request("POST /completion", body)) {
-    between = isFirst ? await engine.streaming() : between;
-    isFirst = false;
+    between = tokenMs.length === 0 ? await engine.streaming() : between;
+    tokenMs.push(performance.timeOrigin + performance.now());
     timings = { ...timings, ...(data as { readonly timings?: typeof timings }).timings };
   }
   const after = await engine.streaming();
@@ -146,6 +153,7 @@ async function answer(engine: Engine, { promptTokens, tokens, seed }: Question):
     decode: between !== null && after !== null ? countersSince(between, after) : null,
     peakBytes: peakMemoryBytes(),
     writtenBytes: Number(written),
+    tokenMs,
   };
 }
 

@@ -43,7 +43,6 @@ inline void random_plan(StreamRig& rig, Random& random) {
     }
     rig.plan.reader.background_tokens = random.below(6); // passes have up to 4
     rig.plan.reader.background_depth = random.below(8);
-    rig.plan.reader.background_prefetch_depth = random.below(5);
 }
 
 inline Faults random_faults(StreamRig& rig, Random& random) {

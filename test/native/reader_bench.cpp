@@ -68,6 +68,7 @@ int main(int argc, char** argv) {
         std::fprintf(stderr, "%s\n", error.c_str());
         return 1;
     }
+    pool.make_present();
     pool.wait_present();
     std::vector<uint32_t> order(count);
     Random random{1};

@@ -228,36 +228,6 @@ void prefetch_waits_for_room() {
     CHECK(queue.finish(demand[1], {}) == ReadQueue::Outcome::kDone && queue.startable_pieces() == 0);
 }
 
-// In the background more of it begins, but only while nothing is waited for.
-void prefetch_in_the_background_has_its_own_room() {
-    ReadSpec spec = kSpec;
-    spec.prefetch_depth = 1;
-    spec.background_prefetch_depth = 3;
-    ReadQueue queue;
-    queue.open(6, spec);
-    Extent extent{0, 0, 8192};
-    submit_prefetch(&queue, extent, 5);
-    CHECK(queue.startable_pieces() == 1);
-    queue.read_in_background(true);
-    CHECK(queue.startable_pieces() == 3);
-    Piece ahead[3];
-    Piece none;
-    CHECK(queue.next(&ahead[0]) && queue.next(&ahead[1]));
-    queue.promote(0); // it is waited for now
-    CHECK(!queue.next(&none) && queue.startable_pieces() == 0);
-    CHECK(queue.finish(ahead[0], {}) == ReadQueue::Outcome::kDone && queue.startable_pieces() == 2);
-    queue.submit(5, {{&extent, 1}, {0, 5}, nullptr, 0}, Urgency::kDemand);
-    Piece demand;
-    CHECK(queue.next(&demand) && demand.job_index == 5 && !queue.next(&none));
-    CHECK(queue.finish(demand, {}) == ReadQueue::Outcome::kDone);
-    CHECK(queue.next(&ahead[0]) && queue.next(&ahead[2]) && !queue.next(&none));
-    queue.read_in_background(false);
-    for (const Piece& piece : ahead) {
-        CHECK(queue.finish(piece, {}) == ReadQueue::Outcome::kDone);
-    }
-    CHECK(queue.startable_pieces() == 1);
-}
-
 void read_real_file(bool in_background) {
     char name[] = "reader_test.XXXXXX"; // in the current folder: a file system that may have direct reads
     int descriptor = mkstemp(name);
@@ -349,7 +319,6 @@ int main() {
     CASE(lasting_faults_are_errors);
     CASE(demand_goes_first);
     CASE(prefetch_waits_for_room);
-    CASE(prefetch_in_the_background_has_its_own_room);
     CASE(real_file);
     CASE(real_file_in_the_background);
     return 0;
