@@ -18,8 +18,6 @@ import { canLimit, type Figures, openSubject, type Subject } from "./subject";
 import { inWindows } from "./windows";
 
 const groupBytes = 2_147_483_648;
-/** What no plan counts: the kernel's own memory for the group, page tables first of all, and the trace. */
-const budgetBytes = groupBytes - 20_000_000;
 const [kind = "", path = ""] = process.argv.slice(2);
 const runs = Number(/--runs[ =](\d+)/.exec(process.argv.join(" "))?.[1] ?? 5);
 const threads = availableParallelism();
@@ -206,7 +204,7 @@ function layerBound(tracePath: string, plan: Plan, residentSeconds: number, band
 
 async function moe(): Promise<void> {
   const residentPlan: Plan = { ...planWith("resident", null), repack: false, loadMode: "read" };
-  const plan = planWith("stream", budgetBytes);
+  const plan = planWith("stream", groupBytes);
   const perToken = plan.streaming?.touchedBytesPerToken ?? 0;
   {
     await using resident = await openSubject("resident", residentPlan, null);
@@ -266,7 +264,7 @@ async function moe(): Promise<void> {
 }
 
 async function dense(): Promise<void> {
-  const plan = planWith("stream", budgetBytes);
+  const plan = planWith("stream", groupBytes);
   if (only === undefined || only === "group") {
     await using streamed = await openSubject("streamed", plan, groupBytes);
     const figures: Figures[] = [];
