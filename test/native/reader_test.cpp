@@ -261,6 +261,7 @@ void read_real_file(bool in_background) {
     plan.lookahead_strides = 0;
     HostPool pool;
     CHECK(pool.open(plan.classes, {platform::PageKind::kHuge, 2}));
+    pool.make_present(); // while it is read into
     Stream stream;
     CHECK(stream.open(plan, &source, &pool, &error));
     stream.begin_pass(1);

@@ -36,6 +36,7 @@ struct StreamRig {
         source = std::make_unique<FakeSource>(bytes);
         host = std::make_unique<hypura::HostPool>();
         CHECK(host->open(plan.classes, {hypura::platform::PageKind::kBase, 1}));
+        host->make_present(); // meanwhile
         return stream.open(plan, source.get(), host.get(), error);
     }
     void must_open() {
