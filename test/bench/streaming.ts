@@ -1,8 +1,9 @@
 // Streaming against its bars (test/bench/NOTES.md):
 //   bun test/bench/streaming.ts moe FILE [--runs N]      FILE from `bun test/fixtures/make.ts moe-6g FILE`
 //   bun test/bench/streaming.ts dense FILE [--runs N]    FILE from `bun test/fixtures/make.ts dense-6g FILE`
-// hypura in a control group of 2 GB beside the same kernels with the whole model in memory, asked in turns, medians; and
-// stock behaviour (mapped file, dropped from the page cache first) in the same group, for as many tokens as patience has.
+// hypura in a control group of 2 GB beside the same kernels with the whole model in memory, asked in turns (medians) and
+// at once (windows.ts); and stock behaviour (mapped file, dropped from the page cache first) in the same group, for as many
+// tokens as patience has.
 
 import { existsSync, readFileSync, rmSync } from "node:fs";
 import { availableParallelism, tmpdir } from "node:os";
