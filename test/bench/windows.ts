@@ -28,8 +28,8 @@ export async function inWindows(
 ): Promise<Ratio> {
   const logs: number[] = [];
   for (const [i, question] of questions.entries()) {
-    const pair = i % 2 === 0 ? [one, other] : [other, one];
-    const seconds = await tokenSeconds(pair as [Subject, Subject], question);
+    const pair: [Subject, Subject] = i % 2 === 0 ? [one, other] : [other, one];
+    const seconds = await tokenSeconds(pair, question);
     // Each window by the mean of its neighbours, which are the other's.
     for (let w = 1; w + 1 < seconds.length; w++) {
       const [before, here, after] = seconds.slice(w - 1, w + 2) as [number, number, number];
@@ -53,12 +53,11 @@ export async function inWindows(
 async function tokenSeconds(pair: [Subject, Subject], question: Question): Promise<readonly number[]> {
   const windows: Window[] = [];
   let ended = false;
-  const answers = pair.map(async (subject): Promise<Figures> => {
-    const figures = await subject.ask(question);
+  const answers = pair.map((subject) => subject.ask(question));
+  const end = (): void => {
     ended = true;
-    return figures;
-  });
-  pair[1].pause();
+  };
+  Promise.race(answers).then(end, end);
   while (!ended) {
     const [running, waiting] = windows.length % 2 === 0 ? pair : ([pair[1], pair[0]] as const);
     waiting.pause();
