@@ -144,6 +144,13 @@ async function askInGroup(resident: Subject, plan: Plan, tracePath: string): Pro
   await streamed.ask({ promptTokens: 16, tokens: 150, seed: 99 }); // the pool knows the router
   const pairs = await inTurns(streamed, resident, 16, 100);
   tellProcess(streamed, plan, pairs.at(-1)?.one as Figures);
+  return pairs;
+}
+
+/** The same at once, by a process of its own: what it asks for is not in the trace of the pairs. */
+async function inGroupAtOnce(resident: Subject, plan: Plan): Promise<void> {
+  await using streamed = await openSubject("at once", plan, groupBytes);
+  await streamed.ask({ promptTokens: 16, tokens: 150, seed: 99 });
   for (const [tokens, count] of [
     [100, 2 * runs],
     [900, Math.ceil(runs / 4)],
@@ -155,7 +162,6 @@ async function askInGroup(resident: Subject, plan: Plan, tracePath: string): Pro
       `ratio ${mean.toFixed(3)} (standard error ${standardError.toFixed(3)}, ${windows} windows)`,
     );
   }
-  return pairs;
 }
 
 /**
@@ -211,6 +217,7 @@ async function moe(): Promise<void> {
     await using resident = await openSubject("resident", residentPlan, null);
     if (only === undefined || only === "group") {
       await inGroup(resident, plan);
+      await inGroupAtOnce(resident, plan);
     }
     if (only === undefined || only === "all") {
       const all = planWith("stream", null);
